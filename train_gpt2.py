@@ -1,0 +1,1376 @@
+"""
+Trains GPT-2 in Python with Numba: every layer's forward and backward pass is a JIT-compiled kernel in this file.
+
+It is llm.c's train_gpt2.c for people who read Python: the same file formats, batches, initial weights and printed
+lines, in one flat module without PyTorch. Read it from top to bottom: the matrix product, the layers in the order of
+the model with each backward pass below its forward pass, the model, the optimiser, the data, the training loop.
+
+What it deliberately is not: a framework. There is no autograd (the backward pass is written out), no other model,
+no GPU, and float32 is the only type that is computed with.
+
+    make train                                       the first run: data, weights, 40 steps
+    python train_gpt2.py --help                      the flags
+    OMP_NUM_THREADS=8 python train_gpt2.py -b 8      threads, batch size
+"""
+import os
+import sys
+
+
+def available_cpus():
+    """The number of processors that this process may use: its affinity, cut to the quota of its cgroup."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return max(1, min(cpus, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # not Linux, or no quota ("max")
+        return cpus
+
+
+if "numba" not in sys.modules:  # both libraries read these once, when they are imported
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus()))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one pool of threads is enough: Numba's
+
+import argparse
+import codecs
+import glob
+import math
+import platform
+import resource
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two kinds of compiled function, and the constants they share
+#
+# Kernels must give the same bits on any number of threads. So whatever is divided among threads is divided into pieces
+# whose size does not depend on their number, no two threads ever add to the same number, and sums over many rows
+# go through partial sums that are added up in a fixed order.
+
+# `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
+FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+kernel = njit(parallel=True, cache=True, error_model="numpy", fastmath=FASTMATH)
+inner = njit(cache=True, error_model="numpy", fastmath=FASTMATH)
+
+# A float32 times a Python float is a float64: in kernels every constant is a float32.
+ZERO, HALF, ONE, TWO, THREE = (np.float32(x) for x in (0, 0.5, 1, 2, 3))
+LAYERNORM_EPS = np.float32(1e-5)
+GELU_SCALE, GELU_CUBIC = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
+LOG2E, LN2_HIGH, LN2_LOW = np.float32(np.log2(np.e)), np.float32(0.693359375), np.float32(-2.12194440e-4)
+E2, E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
+EXP_MIN, EXP_MAX = np.float32(-87), np.float32(88)
+INT_MIN, SIGN_SHIFT, MAGNITUDE = np.int32(-2**31), np.int32(31), np.int32(2**31 - 1)
+
+NOTHING, NO_BIAS = np.empty((0, 0), np.float32), np.empty(0, np.float32)  # for optional arguments of kernels
+
+
+@inner
+def exp(x):
+    """exp(x) to 1e-7, written so that a loop over it becomes vector code: 0.4 ns an element, math.exp takes 3.3."""
+    x = min(max(x, EXP_MIN), EXP_MAX)
+    n = np.floor(x * LOG2E + HALF)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW  # x = n ln 2 + r with |r| <= ln 2 / 2
+    p = ONE + r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)  # 2^n, by its exponent bits
+
+
+@inner
+def maximum(x):
+    """max(x). Only maxima of integers become vector code: floats are ordered like integers once the negative ones'
+    magnitude bits are flipped (0.1 ns an element, 1.3 without the trick). A NaN is the largest of all."""
+    largest = INT_MIN
+    for i in range(x.size):
+        bits = np.float32(x[i]).view(np.int32)
+        largest = max(largest, np.int32(bits ^ ((bits >> SIGN_SHIFT) & MAGNITUDE)))
+    return np.int32(largest ^ ((largest >> SIGN_SHIFT) & MAGNITUDE)).view(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrix product: C (+)= A @ B for one tile of the output, on one thread
+#
+# A core multiplies far faster than it fetches, so a fast product is about reusing what was fetched:
+#   registers   micro() keeps MR x NR sums in vector registers during a whole loop over k: each step loads NR numbers
+#               of B and MR of A, and uses every one of them many times
+#   L1 cache    a panel of B, KC x NR, is packed: copied to where micro() reads it in order
+#   L2 cache    a block of A, MC x KC, is packed too, and multiplied with all panels of B before it is replaced
+# Each sum adds its products in the order of k, however the output is cut into tiles: bits don't depend on threads.
+
+CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
+VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  # floats in a vector register
+MR = 4 if VL == 8 else 8           # there are 16 registers with AVX, 32 with AVX-512 and NEON
+NV = 3                             # vectors in a row of micro(): MR * NV sums, NV of B and one of A fill the registers
+NR = NV * VL                       # MR and NR divide all of GPT-2's sizes
+KC = 256 if VL <= 8 else 192       # the panel of B fills 3/4 of the L1 cache
+MC, NC = 256, 768                  # the largest tile
+PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
+STRIPS = PANEL_B + KC * NR         # offset of attention's strips
+
+f32, i32, i64, i8p = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+
+
+def element_pointer(context, builder, array_type, array, *index):
+    """LLVM code for the address of array[index]"""
+    array = context.make_array(array_type)(context, builder, array)
+    strides = cgutils.unpack_tuple(builder, array.strides, len(index))
+    offset = ir.Constant(i64, 0)
+    for i, stride in zip(index, strides):
+        offset = builder.add(offset, builder.mul(i, stride))
+    return builder.bitcast(builder.gep(builder.bitcast(array.data, i8p), [offset]), f32.as_pointer()), strides[0]
+
+
+def vector_load(builder, pointer, length):
+    vector = builder.load(builder.bitcast(pointer, ir.VectorType(f32, length).as_pointer()))
+    vector.align = 4
+    return vector
+
+
+def vector_store(builder, vector, pointer):
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4
+
+
+def pick_lanes(builder, x, y, lanes):
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, len(lanes)), lanes))
+
+
+@intrinsic
+def micro(typingctx, C, i, j, work, a, b, kc, add):
+    """C[i:i+MR, j:j+NR] (+)= the packed panel of A at work[a:] times that of B at work[b:], kc deep (a multiple of 4)."""
+    def codegen(context, builder, sig, args):
+        C, i, j, work, a, b, kc, add = args
+        c, row_bytes = element_pointer(context, builder, sig.args[0], C, i, j)
+        a, _ = element_pointer(context, builder, sig.args[3], work, a)
+        b, _ = element_pointer(context, builder, sig.args[3], work, b)
+        row = [builder.bitcast(builder.gep(builder.bitcast(c, i8p), [builder.mul(row_bytes, ir.Constant(i64, r))]),
+                               f32.as_pointer()) for r in range(MR)]
+        vector = ir.VectorType(f32, VL)
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{VL}f32")
+        prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32]),
+                                                  "llvm.prefetch.p0")
+        at = lambda p, n: builder.gep(p, [n if isinstance(n, ir.Value) else ir.Constant(i64, n)])
+        for r in range(MR):  # the sums' places come from memory while they are computed
+            for column in range(15, NR, 16):
+                builder.call(prefetch, [builder.bitcast(at(row[r], column), i8p)] + [ir.Constant(i32, x) for x in (1, 3, 1)])
+        sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * VL)) for _ in range(NV)] for _ in range(MR)]
+        with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 2)), intp=i64) as loop:
+            ak, bk = (at(p, builder.mul(loop.index, ir.Constant(i64, 4 * width))) for p, width in ((a, MR), (b, NR)))
+            for k in range(4):
+                bs = [vector_load(builder, at(bk, k * NR + v * VL), VL) for v in range(NV)]
+                for r in range(MR):
+                    x = pick_lanes(builder, vector_load(builder, at(ak, k * MR + r), 1),
+                                ir.Constant(ir.VectorType(f32, 1), ir.Undefined), [0] * VL)
+                    for y, s in zip(bs, sums[r]):
+                        builder.store(builder.call(fma, [x, y, builder.load(s)]), s)
+        with builder.if_else(add) as (adding, replacing):
+            for block in adding, replacing:
+                with block:
+                    for r in range(MR):
+                        for v in range(NV):
+                            p, s = at(row[r], v * VL), builder.load(sums[r][v])
+                            vector_store(builder, builder.fadd(vector_load(builder, p, VL), s) if block is adding else s, p)
+        return context.get_dummy_value()
+    return types.void(C, types.intp, types.intp, work, types.intp, types.intp, types.intp, types.boolean), codegen
+
+
+@intrinsic
+def copy4(typingctx, out, o, X, i, j):
+    """out[o:o+4] = X[i:i+4, j], where X's columns are contiguous"""
+    def codegen(context, builder, sig, args):
+        out, o, X, i, j = args
+        x, _ = element_pointer(context, builder, sig.args[2], X, i, j)
+        y, _ = element_pointer(context, builder, sig.args[0], out, o)
+        vector_store(builder, vector_load(builder, x, 4), y)
+        return context.get_dummy_value()
+    return types.void(out, types.intp, X, types.intp, types.intp), codegen
+
+
+@intrinsic
+def transpose4(typingctx, out, o, width, X, i, j):
+    """out[o + k*width + r] = X[i + r, j + k] for r, k < 4, where X's rows are contiguous"""
+    def codegen(context, builder, sig, args):
+        out, o, width, X, i, j = args
+        x, row_bytes = element_pointer(context, builder, sig.args[3], X, i, j)
+        y, _ = element_pointer(context, builder, sig.args[0], out, o)
+        row = [vector_load(builder, builder.gep(builder.bitcast(x, i8p), [builder.mul(row_bytes, ir.Constant(i64, r))]), 4)
+               for r in range(4)]
+        pairs = [pick_lanes(builder, row[r], row[r + 2], lanes) for lanes in ((0, 4, 1, 5), (2, 6, 3, 7)) for r in (0, 1)]
+        columns = [pick_lanes(builder, pairs[p], pairs[p + 1], lanes) for p in (0, 2) for lanes in ((0, 4, 1, 5), (2, 6, 3, 7))]
+        for k in range(4):
+            vector_store(builder, columns[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
+        return context.get_dummy_value()
+    return types.void(out, types.intp, types.intp, X, types.intp, types.intp), codegen
+
+
+@inner
+def pack(work, o, X, width):
+    """work[o + k*width + r] = X[r, k], with zeros for r up to the panel's width and k up to a multiple of 4."""
+    rows, depth = X.shape
+    done = depth // 4 * 4 if rows == width else 0
+    if X.strides[1] == 4:
+        for k in range(0, done, 4):
+            for r in range(0, width, 4):
+                transpose4(work, o + k * width + r, width, X, r, k)
+    else:
+        for k in range(done):
+            for r in range(0, width, 4):
+                copy4(work, o + k * width + r, X, r, k)
+    for k in range(done, (depth + 3) // 4 * 4):
+        for r in range(width):
+            work[o + k * width + r] = X[r, k] if r < rows and k < depth else ZERO
+
+
+@inner
+def tile_product(C, A, B, add, work):
+    """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; work is scratch memory."""
+    M, N = C.shape
+    K = A.shape[1]
+    edge = np.empty((MR, NR), np.float32)  # takes the sums where the tile ends inside a panel
+    for k0 in range(0, K, KC):
+        k1 = min(K, k0 + KC)
+        depth = (k1 - k0 + 3) // 4 * 4
+        adding = add or k0 > 0
+        for i in range(0, M, MR):
+            pack(work, i * KC, A[i:i + MR, k0:k1], MR)
+        for j in range(0, N, NR):
+            pack(work, PANEL_B, B[k0:k1, j:j + NR].T, NR)
+            for i in range(0, M, MR):
+                if i + MR <= M and j + NR <= N:
+                    micro(C, i, j, work, i * KC, PANEL_B, depth, adding)
+                else:
+                    micro(edge, 0, 0, work, i * KC, PANEL_B, depth, False)
+                    for r in range(min(MR, M - i)):
+                        for c in range(min(NR, N - j)):
+                            C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
+
+
+if numba.config.DISABLE_JIT:
+    def tile_product(C, A, B, add, work):  # the same in NumPy, for a debugger: intrinsics need the compiler
+        C[:] = A @ B + C if add else A @ B
+
+
+@inner
+def tile_shape(M, N, threads):
+    """Rows and columns of a tile, so that the threads have equally many tiles where that is possible"""
+    down, across = (M + MC - 1) // MC, (N + NC - 1) // NC
+    most = max(1, N // (2 * NR))
+    while across < most and down * across % threads:
+        across += 1
+    width = (N + across - 1) // across
+    return min(M, MC), (width + NR - 1) // NR * NR
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder: token embedding + position embedding
+
+@kernel
+def encoder_forward(out, inp, wte, wpe):
+    # out (B*T, C); inp (B, T) tokens; wte (Vp, C); wpe (maxT, C)
+    B, T = inp.shape
+    for bt in prange(B * T):
+        token, position = wte[inp[bt // T, bt % T]], wpe[bt % T]
+        for i in range(out.shape[1]):
+            out[bt, i] = token[i] + position[i]
+
+
+@kernel
+def encoder_backward(dwte, dwpe, dout, inp, add):
+    # dwte already holds the classifier's part, and dwpe is written on the first micro-batch, added to on the others.
+    # The same token may come twice, so a thread owns channels, not tokens: 16 of them, a cache line.
+    B, T = inp.shape
+    C = dout.shape[1]
+    for block in prange((C + 15) // 16):
+        i0, i1 = block * 16, min(C, block * 16 + 16)
+        for b in range(B):
+            for t in range(T):
+                for i in range(i0, i1):
+                    dwte[inp[b, t], i] += dout[b * T + t, i]
+        for t in range(len(dwpe)):
+            for i in range(i0, i1):
+                total = dwpe[t, i] if add else ZERO
+                if t < T:
+                    for b in range(B):
+                        total += dout[b * T + t, i]
+                dwpe[t, i] = total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layernorm (Ba et al. 2016): out = (inp - mean) / sqrt(var + eps) * weight + bias, over the channels of each token
+
+@kernel
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    # out, inp (B*T, C); mean, rstd (B*T,), kept for the backward pass; weight, bias (C,)
+    C = inp.shape[1]
+    scale = ONE / np.float32(C)
+    for bt in prange(len(inp)):
+        x, y = inp[bt], out[bt]
+        total = ZERO
+        for i in range(C):
+            total += x[i]
+        m = total * scale
+        variance = ZERO
+        for i in range(C):
+            variance += (x[i] - m) * (x[i] - m)
+        s = ONE / np.sqrt(variance * scale + LAYERNORM_EPS)
+        for i in range(C):
+            y[i] = (x[i] - m) * s * weight[i] + bias[i]
+        mean[bt], rstd[bt] = m, s
+
+
+LN_ROWS = 32  # rows whose weight gradients are summed in one partial buffer
+
+
+@kernel
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add):
+    # dinp, dout, inp (B*T, C); dweight, dbias, weight (C,); mean, rstd (B*T,)
+    # dinp is added to: it is the gradient of the residual stream. add: whether dweight and dbias are, too
+    BT, C = inp.shape
+    scale = ONE / np.float32(C)
+    blocks = (BT + LN_ROWS - 1) // LN_ROWS
+    partial = np.zeros((blocks, 2, C), np.float32)
+    for block in prange(blocks):
+        dw, db = partial[block, 0], partial[block, 1]
+        for bt in range(block * LN_ROWS, min(BT, (block + 1) * LN_ROWS)):
+            x, dy, dx, m, s = inp[bt], dout[bt], dinp[bt], mean[bt], rstd[bt]
+            # two reductions over the channels: the means of dnorm and of dnorm * norm
+            dnorm_mean = ZERO
+            dnorm_norm_mean = ZERO
+            for i in range(C):
+                dnorm = weight[i] * dy[i]
+                dnorm_mean += dnorm
+                dnorm_norm_mean += dnorm * ((x[i] - m) * s)
+            dnorm_mean *= scale
+            dnorm_norm_mean *= scale
+            for i in range(C):
+                norm = (x[i] - m) * s
+                dw[i] += norm * dy[i]
+                db[i] += dy[i]
+                dx[i] += (weight[i] * dy[i] - dnorm_mean - norm * dnorm_norm_mean) * s
+    for chunk in prange((C + 63) // 64):
+        for i in range(chunk * 64, min(C, chunk * 64 + 64)):
+            w = dweight[i] if add else ZERO
+            b = dbias[i] if add else ZERO
+            for block in range(blocks):
+                w += partial[block, 0, i]
+                b += partial[block, 1, i]
+            dweight[i], dbias[i] = w, b
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# matmul: the linear layer, out = inp @ weight.T + bias, where nearly all of the time goes
+
+@kernel
+def matmul_forward(out, act, inp, weight, bias, residual, work):
+    # out (B*T, OC) = inp (B*T, C) @ weight (OC, C).T + bias (OC,) + residual (B*T, OC); act (B*T, OC) = gelu(out)
+    # bias, residual and act may be empty: then they are left out. What follows the product is done tile by tile,
+    # while the tile is in the cache. work (threads, scratch memory)
+    BT, OC = out.shape
+    rows, columns = tile_shape(BT, OC, len(work))
+    down, across = (BT + rows - 1) // rows, (OC + columns - 1) // columns
+    for thread in prange(len(work)):
+        for tile in range(thread, down * across, len(work)):
+            i0, o0 = tile % down * rows, tile // down * columns
+            i1, o1 = min(BT, i0 + rows), min(OC, o0 + columns)
+            tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, work[thread])
+            for i in range(i0, i1):
+                y = out[i, o0:o1]
+                if bias.size:
+                    b = bias[o0:o1]
+                    for o in range(y.size):
+                        y[o] += b[o]
+                if residual.size:
+                    r = residual[i, o0:o1]
+                    for o in range(y.size):
+                        y[o] += r[o]
+                if act.size:
+                    a = act[i, o0:o1]
+                    for o in range(y.size):
+                        a[o] = gelu(y[o])
+
+
+@kernel
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
+    # dinp (B*T, C) = dout @ weight; dweight (OC, C) (+)= dout.T @ inp; dbias (OC,) (+)= dout's sums over the rows
+    # dout (B*T, OC), inp (B*T, C), weight (OC, C); dbias may be empty; add: whether dweight and dbias are added to
+    BT, C = inp.shape
+    OC = dout.shape[1]
+    rows, columns = tile_shape(BT, C, len(work))
+    down, across = (BT + rows - 1) // rows, (C + columns - 1) // columns
+    for thread in prange(len(work)):
+        for tile in range(thread, down * across, len(work)):
+            i0, j0 = tile % down * rows, tile // down * columns
+            i1, j1 = min(BT, i0 + rows), min(C, j0 + columns)
+            tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
+    rows, columns = tile_shape(OC, C, len(work))
+    down, across = (OC + rows - 1) // rows, (C + columns - 1) // columns
+    for thread in prange(len(work)):
+        for tile in range(thread, down * across, len(work)):
+            o0, j0 = tile % down * rows, tile // down * columns
+            o1, j1 = min(OC, o0 + rows), min(C, j0 + columns)
+            tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
+            if dbias.size and j0 == 0:
+                db = dbias[o0:o1]
+                if not add:
+                    db[:] = ZERO
+                for bt in range(BT):
+                    dy = dout[bt, o0:o1]
+                    for o in range(db.size):
+                        db[o] += dy[o]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention (Vaswani et al. 2017), causal, several heads: out = softmax(q k^T / sqrt(hs)) v for each head
+#
+# No (T, T) matrix is ever stored. A thread takes a strip of STRIP queries at a time and holds its probabilities,
+# (STRIP, T), in scratch memory that stays in the cache; a row's log-sum-exp is all that the backward pass needs to
+# compute them again.
+
+STRIP = 128
+
+
+@inner
+def heads(qkv, b, h, T, hs):
+    """Views of head h of sequence b: q, k, v (T, hs), from qkv (B*T, 3*C)"""
+    C = qkv.shape[1] // 3
+    x = qkv[b * T:(b + 1) * T]
+    return x[:, h * hs:(h + 1) * hs], x[:, C + h * hs:C + (h + 1) * hs], x[:, 2 * C + h * hs:2 * C + (h + 1) * hs]
+
+
+@kernel
+def attention_forward(out, lse, qkv, work):
+    # out (B*T, C); lse (B, NH, T) log-sum-exp of each row of scores, kept for the backward pass; qkv (B*T, 3*C)
+    B, NH, T = lse.shape
+    hs = out.shape[1] // NH
+    scale = ONE / np.sqrt(np.float32(hs))
+    strips = (T + STRIP - 1) // STRIP
+    for thread in prange(len(work)):
+        scores = work[thread, STRIPS:STRIPS + STRIP * T].reshape((STRIP, T))
+        for item in range(thread, strips * B * NH, len(work)):
+            b, h, t0 = item // NH % B, item % NH, (strips - 1 - item // (B * NH)) * STRIP
+            t1 = min(T, t0 + STRIP)
+            q, k, v = heads(qkv, b, h, T, hs)
+            y = out[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
+            att, sums = scores[:t1 - t0, :t1], np.empty(STRIP, np.float32)
+            # pass 1: scores = q @ k.T
+            tile_product(att, q[t0:t1], k[:t1].T, False, work[thread])
+            for t in range(t0, t1):
+                row = scores[t - t0]
+                # pass 2: the maximum, for numerical stability
+                largest = maximum(row[:t + 1]) * scale
+                # pass 3: exponentials and their sum; 0 for what lies in the future
+                total = ZERO
+                for t2 in range(t + 1):
+                    p = exp(row[t2] * scale - largest)
+                    total += p
+                    row[t2] = p
+                row[t + 1:t1] = ZERO
+                lse[b, h, t], sums[t - t0] = largest + np.log(total), total
+            # pass 4: out = probabilities @ v, where the division by the sum comes last
+            tile_product(y, att, v[:t1], False, work[thread])
+            for t in range(t0, t1):
+                for i in range(hs):
+                    y[t - t0, i] /= sums[t - t0]
+
+
+@kernel
+def attention_backward(dqkv, dout, out, lse, qkv, work):
+    # dqkv (B*T, 3*C), written; dout, out (B*T, C); lse (B, NH, T); qkv (B*T, 3*C)
+    # A thread owns whole heads: all strips add to the head's dk and dv.
+    B, NH, T = lse.shape
+    hs = out.shape[1] // NH
+    scale = ONE / np.sqrt(np.float32(hs))
+    for thread in prange(len(work)):
+        probs = work[thread, STRIPS:STRIPS + STRIP * T].reshape((STRIP, T))
+        dprobs = work[thread, STRIPS + STRIP * T:STRIPS + 2 * STRIP * T].reshape((STRIP, T))
+        for head in range(thread, B * NH, len(work)):
+            b, h = head // NH, head % NH
+            q, k, v = heads(qkv, b, h, T, hs)
+            dq, dk, dv = heads(dqkv, b, h, T, hs)
+            for t0 in range((T - 1) // STRIP * STRIP, -1, -STRIP):  # the last strip writes all of dk and dv
+                t1 = min(T, t0 + STRIP)
+                y = out[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
+                dy = dout[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
+                att, datt = probs[:t1 - t0, :t1], dprobs[:t1 - t0, :t1]
+                # pass 3 and 2 again: the probabilities, from the scores and the log-sum-exp
+                tile_product(att, q[t0:t1], k[:t1].T, False, work[thread])
+                # backward pass 4
+                tile_product(datt, dy, v[:t1].T, False, work[thread])
+                for t in range(t0, t1):
+                    p, dp, log_sum = probs[t - t0], dprobs[t - t0], lse[b, h, t]
+                    total = ZERO
+                    for i in range(hs):
+                        total += dy[t - t0, i] * y[t - t0, i]  # = the sum of p * dp over the row
+                    for t2 in range(t + 1):
+                        p[t2] = exp(p[t2] * scale - log_sum)
+                        dp[t2] = p[t2] * (dp[t2] - total) * scale  # backward passes 3 and 2: dscores
+                    p[t + 1:t1] = ZERO
+                    dp[t + 1:t1] = ZERO
+                # backward pass 1, and the values' part of pass 4
+                tile_product(dq[t0:t1], datt, k[:t1], False, work[thread])
+                for t2 in range(0, t1, MC):
+                    t3 = min(t1, t2 + MC)
+                    tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, work[thread])
+                    tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, work[thread])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gelu (Hendrycks & Gimpel 2016), the tanh approximation: x * (1 + tanh(u)) / 2 = x / (1 + exp(-2u))
+
+@inner
+def gelu(x):
+    u = GELU_SCALE * (x + GELU_CUBIC * x * x * x)
+    return x / (ONE + exp(-TWO * u))
+
+
+@kernel
+def gelu_forward(out, inp):
+    # out, inp (B*T, 4*C). The forward pass has this fused into matmul_forward; the backward pass computes it again.
+    for bt in prange(len(inp)):
+        x, y = inp[bt], out[bt]
+        for i in range(x.size):
+            y[i] = gelu(x[i])
+
+
+@kernel
+def gelu_backward(dinp, inp):
+    # dinp, inp (B*T, 4*C); dinp holds the gradient of the output and becomes that of the input
+    for bt in prange(len(inp)):
+        x, dx = inp[bt], dinp[bt]
+        for i in range(x.size):
+            u = GELU_SCALE * (x[i] + GELU_CUBIC * x[i] * x[i] * x[i])
+            du = GELU_SCALE * (ONE + THREE * GELU_CUBIC * x[i] * x[i])
+            s = ONE / (ONE + exp(-TWO * u))  # gelu = x s, and the derivative of s is 2 s (1 - s) du
+            dx[i] *= s + x[i] * TWO * s * (ONE - s) * du
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# classifier: softmax and cross-entropy in one pass over a chunk of rows, so that logits are never kept whole
+
+CLASSIFIER_ROWS = 512
+
+
+@kernel
+def fused_classifier(logits, losses, targets, dloss, V):
+    # logits (R, Vp), replaced by their gradients; losses, targets (R,); dloss: the gradient of each loss
+    # Columns V ... Vp are padding: no token has their number, so they take no part and their gradient is 0.
+    for r in prange(len(logits)):
+        x = logits[r, :V]
+        largest = maximum(x)
+        target = x[targets[r]] - largest
+        total = ZERO
+        for i in range(V):
+            x[i] = exp(x[i] - largest)
+            total += x[i]
+        losses[r] = np.log(total) - target
+        scale = dloss / total
+        for i in range(V):
+            x[i] *= scale
+        x[targets[r]] -= dloss
+        logits[r, V:] = ZERO
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW (Loshchilov & Hutter 2019) and the norm of the gradients
+
+BLOCK = 1 << 14  # parameters that a thread takes at a time: 64 kB of each of the four arrays
+
+
+@kernel
+def sum_of_squares(x):
+    blocks = (x.size + BLOCK - 1) // BLOCK
+    partial = np.empty(blocks, np.float64)
+    for block in prange(blocks):
+        total = ZERO
+        for value in x[block * BLOCK:(block + 1) * BLOCK]:
+            total += value * value
+        partial[block] = total
+    return partial
+
+
+@kernel
+def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, correction1, correction2, eps, weight_decay, grad_scale):
+    # params, grads, m, v: flat arrays of the same size; all the others are float32
+    for block in prange((params.size + BLOCK - 1) // BLOCK):
+        i0, i1 = block * BLOCK, min(params.size, (block + 1) * BLOCK)
+        p, g, m1, v1 = params[i0:i1], grads[i0:i1], m[i0:i1], v[i0:i1]
+        for i in range(p.size):
+            grad = g[i] * grad_scale
+            m1[i] = beta1 * m1[i] + (ONE - beta1) * grad
+            v1[i] = beta2 * v1[i] + (ONE - beta2) * grad * grad
+            step = m1[i] * correction1 / (np.sqrt(v1[i] * correction2) + eps)
+            p[i] -= learning_rate * (step + weight_decay * p[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random numbers: llm.c's (and PyTorch's) initial weights, from the generator MT19937
+
+@kernel
+def box_muller(out, u, std):
+    # out (n,) normal, from u (n,) uniform in [0, 1), both in blocks of 16: eight radii and eight angles
+    for block in prange(out.size // 16):
+        for t in range(block * 16, block * 16 + 8):
+            radius = np.sqrt(-TWO * np.log(ONE - u[t] + np.float32(1e-12)))
+            theta = np.float32(2 * np.pi) * u[t + 8]
+            out[t] = radius * np.cos(theta) * std
+            out[t + 8] = radius * np.sin(theta) * std
+
+
+def fill_normal(out, std, random):
+    """Fill a flat array of 16 or more with normal numbers of mean 0. random: numpy's RandomState, whose stream it uses."""
+    def uniforms(n):
+        bits = random.randint(0, 2**32, n, np.uint32) & np.uint32(0xFFFFFF)
+        return bits.astype(np.float32) * np.float32(2**-24)
+    std = np.float32(std)
+    box_muller(out, uniforms(out.size), std)
+    if out.size % 16:  # the last 16 are drawn anew
+        box_muller(out[-16:], uniforms(16), std)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model: its shape, its tensors, forward, backward, update
+
+@dataclass(frozen=True)
+class GPT2Config:
+    max_seq_len: int
+    vocab_size: int
+    padded_vocab_size: int  # a multiple of 128: the classifier's product has no ragged edge
+    num_layers: int
+    num_heads: int
+    channels: int
+
+
+def parameter_table(config):
+    """(name, shape) of the 16 parameter tensors, in the order in which every file holds them; weights are (out, in)."""
+    Vp, maxT, L, C = config.padded_vocab_size, config.max_seq_len, config.num_layers, config.channels
+    return [
+        ("wte", (Vp, C)), ("wpe", (maxT, C)),
+        ("ln1w", (L, C)), ("ln1b", (L, C)), ("qkvw", (L, 3 * C, C)), ("qkvb", (L, 3 * C)),
+        ("attprojw", (L, C, C)), ("attprojb", (L, C)), ("ln2w", (L, C)), ("ln2b", (L, C)),
+        ("fcw", (L, 4 * C, C)), ("fcb", (L, 4 * C)), ("fcprojw", (L, C, 4 * C)), ("fcprojb", (L, C)),
+        ("lnfw", (C,)), ("lnfb", (C,)),
+    ]
+
+
+DECAYED = {"wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"}  # weight decay is for matrices, not biases or LayerNorm
+
+
+LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
+                 "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
+
+
+def activation_table(config, B, T, recompute=1, train=True):
+    """(name, shape) of what a forward pass leaves for the backward pass, and of the scratch memory that layers share.
+
+    recompute: 0 keeps all activations; the backward pass computes with 1 GELU's output again, with 2 LayerNorm's too.
+    """
+    Vp, L, NH, C, BT = config.padded_vocab_size, config.num_layers, config.num_heads, config.channels, B * T
+    L = L if train else 1  # evaluation and sampling need one layer's activations at a time
+    gelus, norms = L if recompute < 1 else 1, L if recompute < 2 else 1
+    table = [
+        ("encoded", (BT, C)),
+        ("ln1", (norms, BT, C)), ("ln1_mean", (L, BT)), ("ln1_rstd", (L, BT)),
+        ("qkv", (L, BT, 3 * C)), ("atty", (L, BT, C)), ("lse", (L, B, NH, T)), ("residual2", (L, BT, C)),
+        ("ln2", (norms, BT, C)), ("ln2_mean", (L, BT)), ("ln2_rstd", (L, BT)),
+        ("fch", (L, BT, 4 * C)), ("fch_gelu", (gelus, BT, 4 * C)), ("residual3", (L, BT, C)),
+        ("lnf", (BT, C)), ("lnf_mean", (BT,)), ("lnf_rstd", (BT,)),
+        ("logits", (min(BT, CLASSIFIER_ROWS), Vp)), ("losses", (BT,)),
+    ]
+    if train:  # gradients of activations: of the residual stream, and of one layer's insides
+        table += [("dresidual", (BT, C)), ("dbtc", (BT, C)), ("dqkv", (BT, 3 * C)), ("dfch", (BT, 4 * C))]
+    return table
+
+
+def size_of(table):
+    """The number of elements of a table's tensors"""
+    return sum(math.prod(shape) for _, shape in table)
+
+
+def aligned(size, make=np.empty):
+    """A flat float32 array that begins at a cache line. NumPy asks for huge pages where it is large."""
+    memory = make(size + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start:start + size]
+
+
+class Tensors:
+    """The tensors of a table as attributes: views of one flat array, `memory`, one after another."""
+
+    def __init__(self, memory, table):
+        self.memory, start = memory, 0
+        for name, shape in table:
+            size = math.prod(shape)
+            setattr(self, name, memory[start:start + size].reshape(shape))
+            start += size
+
+    def layer(self, l):
+        """Layer l's part of the tensors in LAYER_TENSORS. One whose leading dimension is 1 is shared by all layers."""
+        return SimpleNamespace(**{name: getattr(self, name)[l % len(getattr(self, name))] for name in LAYER_TENSORS})
+
+
+def descriptor_config(descriptor):
+    """The GPT2Config that a descriptor names: d12, gpt2:d12, gpt3:c768 and so on. ValueError for an unknown one."""
+    family, _, name = descriptor.rpartition(":")
+    kind, number = name[:1], int(name[1:]) if name[1:].isdigit() else 0
+    if kind == "d" and family in ("", "gpt2") and number in GPT2_DEPTHS:
+        (C, NH), L, maxT = GPT2_DEPTHS[number], number, 1024
+    elif kind == "c" and family == "gpt3" and number in GPT3_CHANNELS:
+        (L, hs), C, maxT = GPT3_CHANNELS[number], number, 2048
+        NH = C // hs
+    else:
+        known = [f"d{d}" for d in GPT2_DEPTHS] + [f"gpt3:c{c}" for c in GPT3_CHANNELS]
+        raise ValueError(f"unknown model descriptor {descriptor!r}\n---> HINT: known are {' '.join(known)}")
+    return GPT2Config(maxT, 50257, 50304, L, NH, C)
+
+
+def model_config(name):
+    """The GPT2Config of a checkpoint file or of a descriptor, without reading or drawing any weights.
+
+    Raises FileNotFoundError, or ValueError where the file is not a whole checkpoint or the descriptor is unknown.
+    """
+    if not is_checkpoint(name):
+        return descriptor_config(name)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"no such checkpoint: {name}\n"
+                                "---> HINT: python dev/download_starter_pack.py fetches GPT-2's weights\n"
+                                "---> HINT: python dev/train_gpt2_torch.py -e gpt2 --write_dir data converts them\n"
+                                "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file")
+    with open(name, "rb") as file:
+        header = [int(x) for x in read_header(file, name, MODEL_MAGIC, (3, 5))]
+    version, (maxT, V, L, NH, C, Vp) = header[1], header[2:8]
+    config = GPT2Config(maxT, V, Vp, L, NH, C)
+    if min(header[2:8]) < 1 or max(header[2:8]) >= 1 << 24 or Vp < V:
+        raise ValueError(f"{name}: the sizes in its header make no sense: {config}")
+    if C % NH:
+        raise ValueError(f"{name}: its header says {C} channels and {NH} heads, but {NH} does not divide {C}")
+    check_size(name, HEADER_BYTES + (4 if version == 3 else 2) * size_of(parameter_table(config)))
+    return config
+
+
+def is_checkpoint(name):
+    return name.endswith(".bin") or os.path.exists(name)
+
+
+GPT2_DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30),
+               72: (2880, 30), 84: (3456, 36)}  # layers: (channels, heads)
+GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 2048: (24, 128), 2560: (32, 80),
+                 4096: (32, 128), 5140: (40, 128), 12288: (96, 128)}  # channels: (layers, head size)
+
+
+def work_shape(config):
+    """(threads, floats): the kernels' scratch memory. Rows are a multiple of a cache line apart."""
+    return numba.get_num_threads(), STRIPS + 2 * STRIP * config.max_seq_len + 16
+
+
+def memory_plan(config, B, T, recompute=1, train=True):
+    """The bytes that a run needs, before anything is allocated: {what: bytes}"""
+    copies = 4 if train else 1  # parameters, gradients, m, v
+    return {
+        "parameters": 4 * size_of(parameter_table(config)) * copies,
+        "activations": 4 * size_of(activation_table(config, B, T, recompute, train)),
+        "scratch": 4 * math.prod(work_shape(config)),
+        "Python": 200 << 20,
+    }
+
+
+class GPT2:
+    """A GPT-2 and everything it needs to train: parameters, gradients, AdamW's moments, activations.
+
+    Train with `loss = model.forward(inputs, targets)`, `model.backward()`, `model.update(learning_rate)`; call the
+    first two several times before the third to accumulate the gradients of several micro-batches.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.table = parameter_table(config)
+        self.num_parameters = size_of(self.table)
+        self.params = Tensors(aligned(self.num_parameters), self.table)
+        self.recompute = 1  # see activation_table
+        self.grads = self.m = self.v = self.acts = self.acts_key = None
+        self.micro_batches = 0  # whose gradients have been accumulated since the last update
+        self.pending = False  # has a forward pass been made for training, without its backward pass?
+        self.updates = 0  # t of AdamW's bias correction
+
+    @classmethod
+    def build(cls, name):
+        """A model from a checkpoint file, or with random weights from a descriptor (see model_config)"""
+        model = cls(model_config(name))
+        if is_checkpoint(name):
+            model.read_checkpoint(name)
+        else:
+            model.init_random()
+        return model
+
+    def init_random(self, seed=42):
+        """GPT-2's initial weights: normal with std 0.02, less where a layer adds to the residual stream."""
+        p, L, random = self.params, self.config.num_layers, np.random.RandomState(seed)
+        p.memory.fill(0)
+        for name in ("ln1w", "ln2w", "lnfw"):
+            getattr(p, name).fill(1)
+        for l in range(L):
+            if l == 0:
+                fill_normal(p.wte[:self.config.vocab_size].ravel(), 0.02, random)
+                fill_normal(p.wpe.ravel(), 0.02, random)
+            for weight, std in ((p.qkvw, 0.02), (p.attprojw, 0.02 / math.sqrt(2 * L)),
+                                (p.fcw, 0.02), (p.fcprojw, 0.02 / math.sqrt(2 * L))):
+                fill_normal(weight[l].ravel(), std, random)
+
+    def read_checkpoint(self, path):
+        """Read the parameters from a checkpoint of version 3 (float32) or 5 (bfloat16) that model_config has checked."""
+        with open(path, "rb") as file:
+            version = read_header(file, path, MODEL_MAGIC, (3, 5))[1]
+            if version == 3:
+                file.readinto(self.params.memory.view(np.uint8))
+            else:
+                for chunk in np.array_split(self.params.memory.view(np.uint32), 1 + (self.num_parameters >> 22)):
+                    chunk[:] = np.fromfile(file, np.uint16, chunk.size)
+                    chunk <<= 16  # a bfloat16 is the upper half of a float32
+
+    def write_checkpoint(self, path):
+        """Write the parameters as a version 3 checkpoint. What was at `path` stays until the new file is complete."""
+        c = self.config
+        header = np.zeros(256, np.int32)
+        header[:8] = (MODEL_MAGIC, 3, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size)
+        write_file(path, header, self.params.memory)
+
+    def allocate(self, B, T, train=True):
+        """Make room for batches of (B, T) tokens, once, before the first step. ValueError if T is too long."""
+        if B < 1 or T < 1:
+            raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
+        if T > self.config.max_seq_len:
+            raise ValueError(f"a sequence of {T} tokens is too long: this model's limit is {self.config.max_seq_len}\n"
+                             f"---> HINT: use -t {self.config.max_seq_len} or less")
+        table = activation_table(self.config, B, T, self.recompute, train)
+        if self.acts is None or size_of(table) > self.acts.memory.size:
+            self.acts = None
+            memory = aligned(size_of(table))
+            self.work = aligned(math.prod(work_shape(self.config))).reshape(work_shape(self.config))
+        else:
+            memory = self.acts.memory
+        self.acts, self.acts_key = Tensors(memory, table), (B, T, train)
+        if train and self.grads is None:
+            self.grads = Tensors(aligned(self.num_parameters), self.table)
+            self.m, self.v = (Tensors(aligned(self.num_parameters, np.zeros), self.table) for _ in range(2))
+
+    def forward(self, inputs, targets=None, train=True):
+        """The forward pass. inputs, targets: (B, T) int32 tokens.
+
+        With targets: returns the mean cross-entropy; if `train`, gradients of the classifier are computed on the way,
+        while its logits exist, and backward() goes on from there. Without: leaves the final LayerNorm's output in
+        `acts.lnf` (B*T, C), from which logits() computes any row's logits.
+        """
+        train = train and targets is not None
+        inputs = self.check_tokens(inputs)
+        B, T = inputs.shape
+        if self.acts_key != (B, T, train):
+            self.allocate(B, T, train)
+        p, acts, work = self.params, self.acts, self.work
+        encoder_forward(acts.encoded, inputs, p.wte, p.wpe)
+        residual = acts.encoded
+        for l in range(self.config.num_layers):
+            at = acts.layer(l if train else 0)
+            layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+            matmul_forward(at.qkv, NOTHING, at.ln1, p.qkvw[l], p.qkvb[l], NOTHING, work)
+            attention_forward(at.atty, at.lse, at.qkv, work)
+            matmul_forward(at.residual2, NOTHING, at.atty, p.attprojw[l], p.attprojb[l], residual, work)
+            layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
+            matmul_forward(at.fch, at.fch_gelu, at.ln2, p.fcw[l], p.fcb[l], NOTHING, work)
+            matmul_forward(at.residual3, NOTHING, at.fch_gelu, p.fcprojw[l], p.fcprojb[l], at.residual2, work)
+            residual = at.residual3
+        layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
+        self.inputs = inputs
+        self.pending = train
+        return None if targets is None else self.classify(self.check_tokens(targets).ravel(), train)
+
+    def classify(self, targets, train):
+        """The mean cross-entropy of all rows of acts.lnf and, if `train`, its gradients dlnf and dwte, chunk by chunk."""
+        p, g, acts, work = self.params, self.grads, self.acts, self.work
+        BT = len(acts.lnf)
+        for start in range(0, BT, CLASSIFIER_ROWS):
+            rows = slice(start, min(BT, start + CLASSIFIER_ROWS))
+            logits, lnf = acts.logits[:rows.stop - start], acts.lnf[rows]
+            matmul_forward(logits, NOTHING, lnf, p.wte, NO_BIAS, NOTHING, work)
+            fused_classifier(logits, acts.losses[rows], targets[rows], np.float32(1 / BT), self.config.vocab_size)
+            if train:
+                adding = self.micro_batches > 0 or start > 0
+                matmul_backward(acts.dbtc[rows], g.wte, NO_BIAS, logits, lnf, p.wte, adding, work)
+        return float(acts.losses.mean(dtype=np.float64))
+
+    def logits(self, row):
+        """The logits (V,) of one row of the last forward pass: row b*T + t predicts the token after inputs[b, t]."""
+        out = self.acts.logits[:1]
+        matmul_forward(out, NOTHING, self.acts.lnf[row:row + 1], self.params.wte, NO_BIAS, NOTHING, self.work)
+        return out[0, :self.config.vocab_size]
+
+    def backward(self):
+        """The backward pass of the last forward pass: the same layers in reverse. Adds this micro-batch's gradients."""
+        if not self.pending:
+            raise ValueError("backward() needs a forward pass with targets and train=True before it")
+        p, g, acts, work = self.params, self.grads, self.acts, self.work
+        add = self.micro_batches > 0  # on the first micro-batch gradients are written, so nothing need be zeroed
+        dresidual, dbtc, dqkv, dfch = acts.dresidual, acts.dbtc, acts.dqkv, acts.dfch
+        dresidual.fill(0)
+        layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, acts.residual3[-1], p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
+        for l in reversed(range(self.config.num_layers)):
+            at = acts.layer(l)
+            residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+            if self.recompute >= 1:
+                gelu_forward(at.fch_gelu, at.fch)
+            matmul_backward(dfch, g.fcprojw[l], g.fcprojb[l], dresidual, at.fch_gelu, p.fcprojw[l], add, work)
+            gelu_backward(dfch, at.fch)
+            if self.recompute >= 2:
+                layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
+            matmul_backward(dbtc, g.fcw[l], g.fcb[l], dfch, at.ln2, p.fcw[l], add, work)
+            layernorm_backward(dresidual, g.ln2w[l], g.ln2b[l], dbtc, at.residual2, p.ln2w[l], at.ln2_mean, at.ln2_rstd, add)
+            matmul_backward(dbtc, g.attprojw[l], g.attprojb[l], dresidual, at.atty, p.attprojw[l], add, work)
+            attention_backward(dqkv, dbtc, at.atty, at.lse, at.qkv, work)
+            if self.recompute >= 2:
+                layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+            matmul_backward(dbtc, g.qkvw[l], g.qkvb[l], dqkv, at.ln1, p.qkvw[l], add, work)
+            layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, residual, p.ln1w[l], at.ln1_mean, at.ln1_rstd, add)
+        encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
+        self.micro_batches += 1
+        self.pending = False
+
+    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=0.0):
+        """One step of AdamW with the mean gradient of the micro-batches since the last. Returns its global norm.
+
+        grad_clip: gradients of a greater norm are scaled down to it; 0 = never. Weight decay is for matrices only.
+        """
+        norm = self.grad_norm()
+        clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
+        self.updates += 1
+        for name, _ in self.table:
+            p, g, m, v = (getattr(tensors, name).ravel() for tensors in (self.params, self.grads, self.m, self.v))
+            adamw_update(p, g, m, v, *(np.float32(x) for x in (
+                learning_rate, beta1, beta2, 1 / (1 - beta1**self.updates), 1 / (1 - beta2**self.updates), eps,
+                weight_decay if name in DECAYED else 0, clip / self.micro_batches)))
+        self.micro_batches = 0
+        return norm
+
+    def grad_norm(self):
+        """The global norm of the mean gradient of the micro-batches since the last update"""
+        if not self.micro_batches:
+            raise ValueError("there are no gradients: forward() and backward() come before")
+        return math.sqrt(sum_of_squares(self.grads.memory).sum()) / self.micro_batches
+
+    def check_tokens(self, tokens):
+        """The tokens as a contiguous (B, T) int32 array; ValueError where one is not in the vocabulary."""
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        if tokens.ndim != 2 or not tokens.size:
+            raise ValueError(f"tokens must be a (B, T) array, not one of shape {tokens.shape}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
+            raise ValueError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
+        return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: headers, and writing that leaves either the old file or the whole new one
+
+HEADER_BYTES = 1024
+SHARD_MAGIC, MODEL_MAGIC, TOKENIZER_MAGIC = 20240520, 20240326, 20240328
+
+
+def read_header(file, path, magic, versions):
+    """The 256 int32 at the start of a file; ValueError unless they begin with the magic number and a known version."""
+    header = np.frombuffer(file.read(HEADER_BYTES), np.int32, -1) if os.path.getsize(path) >= HEADER_BYTES else []
+    if len(header) < 256 or header[0] != magic:
+        raise ValueError(f"{path}: not the right kind of file: its magic number is "
+                         f"{header[0] if len(header) else 'missing'}, expected {magic}")
+    if header[1] not in versions:
+        raise ValueError(f"{path}: version {header[1]}, expected {' or '.join(map(str, versions))}\n"
+                         "---> HINT: write the file again with the scripts in dev/")
+    return header
+
+
+def check_size(path, expected):
+    """ValueError unless the file has the size that its header implies"""
+    size = os.path.getsize(path)
+    if size != expected:
+        raise ValueError(f"{path}: {'truncated' if size < expected else 'too long'}: its header implies {expected:,} bytes, "
+                         f"it has {size:,}\n---> HINT: fetch or write it again")
+
+
+def write_file(path, *arrays):
+    """Write arrays to a file under a temporary name, flush it to the disk, then rename it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for array in arrays:
+                file.write(memoryview(array).cast("B"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data loader: batches of tokens from shards
+
+class DataLoader:
+    """Batches of (B, T) tokens from one or several shards, in llm.c's order.
+
+    A shard is cut into samples of B*T tokens per process. Shuffled, each epoch visits the shards in a random order and
+    the samples of each shard in a random order. Shards are memory-mapped, may have any size, and one that is too small
+    for a batch is passed over.
+
+    pattern: a file name, or a glob pattern. vocab_size: a token beyond it is an error. Raises FileNotFoundError where
+    nothing matches, ValueError where a file is damaged or there is not enough data for one batch.
+    """
+
+    def __init__(self, pattern, B, T, process_rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
+        if B < 1 or T < 1:
+            raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
+        self.B, self.T, self.rank, self.processes, self.vocab_size = B, T, process_rank, num_processes, vocab_size
+        self.files = sorted(glob.glob(pattern))
+        if not self.files:
+            raise FileNotFoundError(f"no file matches {pattern}\n---> HINT: python dev/data/tinyshakespeare.py writes "
+                                    "Tiny Shakespeare's shards; dev/data/ has scripts for other text")
+        self.shard_tokens = []
+        for path in self.files:
+            with open(path, "rb") as file:
+                tokens = int(read_header(file, path, SHARD_MAGIC, (1,))[2])
+            check_size(path, HEADER_BYTES + 2 * tokens)
+            self.shard_tokens.append(tokens)
+        self.num_tokens = sum(self.shard_tokens)
+        if not any(map(self.samples_in, range(len(self.files)))):
+            raise ValueError(f"{pattern}: no shard has the {num_processes * B * T + 1:,} tokens that one batch needs; the "
+                             f"largest has {max(self.shard_tokens):,}\n---> HINT: use a smaller -b or -t")
+        self.random = np.random.RandomState(42) if should_shuffle else None
+        self.shard_order = list(range(len(self.files)))
+        self.reset()
+
+    def samples_in(self, shard):
+        return max(0, self.shard_tokens[shard] - 1) // (self.processes * self.B * self.T)
+
+    def reset(self):
+        """Begin an epoch"""
+        if self.random:
+            shuffle(self.shard_order, self.random)
+        self.open_shard(0)
+
+    def open_shard(self, index):
+        """Go to the start of the shard that is number `index` in this epoch"""
+        self.shard_index, self.sample_index = index, 0
+        shard = self.shard_order[index]
+        self.tokens = np.memmap(self.files[shard], np.uint16, "r", HEADER_BYTES) if self.shard_tokens[shard] else []
+        self.sample_order = range(self.samples_in(shard))
+        if self.random:
+            self.sample_order = list(self.sample_order)
+            shuffle(self.sample_order, self.random)
+
+    def next_batch(self):
+        """The next (inputs, targets), each (B, T) int32; targets are the inputs one token later."""
+        while self.sample_index >= len(self.sample_order):
+            if self.shard_index + 1 < len(self.files):
+                self.open_shard(self.shard_index + 1)
+            else:
+                self.reset()
+        n = self.B * self.T
+        start = (self.sample_order[self.sample_index] * self.processes + self.rank) * n
+        tokens = self.tokens[start:start + n + 1].astype(np.int32)
+        if self.vocab_size and tokens.max() >= self.vocab_size:
+            where = int(tokens.argmax())
+            raise ValueError(f"{self.files[self.shard_order[self.shard_index]]}: token {tokens[where]} at position "
+                             f"{start + where:,} is not in the model's vocabulary of {self.vocab_size:,}\n"
+                             "---> HINT: were these shards made for another tokenizer, or is the file damaged?")
+        self.sample_index += 1
+        return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
+
+
+def shuffle(items, random):
+    """Permute a list in place with the draws that llm.c makes. random: numpy's RandomState"""
+    draws = random.randint(0, 2**32, max(0, len(items) - 1), np.uint32)
+    for i, draw in zip(range(len(items) - 1, 0, -1), draws.tolist()):
+        j = draw % (i + 1)
+        items[i], items[j] = items[j], items[i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer and sampler
+
+class Tokenizer:
+    """Turns tokens into text: token by token, as they are drawn. Without its file it gives their numbers."""
+
+    def __init__(self, path="data/gpt2_tokenizer.bin"):
+        self.tokens, self.eot_token = None, 50256
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if not os.path.isfile(path):
+            return
+        with open(path, "rb") as file:
+            header = read_header(file, path, TOKENIZER_MAGIC, (1, 2))
+            data, at, tokens = file.read(), 0, []
+        for _ in range(header[2]):
+            if at >= len(data) or at + 1 + data[at] > len(data):
+                raise ValueError(f"{path}: truncated: {len(tokens):,} of {header[2]:,} tokens\n---> HINT: write it again")
+            tokens.append(data[at + 1:at + 1 + data[at]])
+            at += 1 + data[at]
+        self.tokens = tokens
+        if header[1] == 2:
+            self.eot_token = int(header[3])
+
+    def decode(self, token, final=False):
+        """The text that this token completes: a character may be split over several tokens. final: no more will come"""
+        if self.tokens is None or token >= len(self.tokens):
+            return f"{token} "
+        text = self.decoder.decode(self.tokens[token], final)
+        return "".join(c for c in text if c.isprintable() or c.isspace())  # no control characters to the terminal
+
+
+class Sampler:
+    """llm.c's random numbers for drawing tokens: xorshift*, with 64 bits of state"""
+
+    def __init__(self, seed=1337):
+        self.state = seed
+
+    def coin(self):
+        """A random float in [0, 1)"""
+        mask, x = (1 << 64) - 1, self.state
+        x ^= x >> 12
+        x ^= x << 25 & mask
+        x ^= x >> 27
+        self.state = x
+        return ((x * 0x2545F4914F6CDD1D & mask) >> 40) / 2**24
+
+    def draw(self, logits):
+        """A token: the first whose cumulative probability exceeds the coin. logits (V,)"""
+        probs = np.exp(logits - logits.max())
+        cdf = np.cumsum(probs / probs.sum())
+        return min(int(np.searchsorted(cdf, np.float32(self.coin()), side="right")), len(logits) - 1)
+
+
+def generate(model, sampler, prompt, count):
+    """Draw `count` tokens after the prompt (a list of tokens), one after another"""
+    tokens = list(prompt)
+    for _ in range(count):
+        window = tokens[-model.config.max_seq_len:]
+        model.forward(np.array([window], np.int32))
+        tokens.append(sampler.draw(model.logits(len(window) - 1)))
+        yield tokens[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the training loop
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser(
+        prog="train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 turns off what happens every so many steps.")
+
+    def flag(short, long, default, text, kind=None):
+        names = [short, long] if short else [long]
+        parser.add_argument(*names, default=default, type=kind or type(default), help=text, metavar="X")
+    parser.add_argument("--help", action="help", help="show this help")
+    # data
+    flag("-i", "--input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
+    flag("-j", "--input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")
+    # model
+    flag("-e", "--model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768, ...")
+    # batch
+    flag("-b", "--batch_size", 4, "sequences in a batch")
+    flag("-t", "--sequence_length", 64, "tokens in a sequence")
+    # optimisation
+    flag("-x", "--num_iterations", 40, "steps to train")
+    flag("-l", "--learning_rate", 1e-4, "AdamW's learning rate")
+    flag("-c", "--weight_decay", 0.0, "AdamW's weight decay, on matrices only")
+    flag("-a", "--overfit_single_batch", 0, "1: train on the first batch of the validation data only")
+    # once in a while
+    flag("-v", "--val_loss_every", 10, "estimate the validation loss every so many steps")
+    flag("-m", "--val_max_steps", 5, "batches of one estimate")
+    flag("-s", "--sample_every", 20, "draw a text from the model every so many steps")
+    flag("-g", "--gen_tokens", 64, "tokens of such a text")
+    flags = parser.parse_args(argv)
+    for name in ("batch_size", "sequence_length"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(flags, name)}")
+    return flags
+
+
+@kernel
+def multiply_in_cache(work, repeats):
+    # the micro-kernel on panels that stay in the L1 cache: what MFU calls 100 %
+    for thread in prange(len(work)):
+        C = np.empty((MR, NR), np.float32)
+        for _ in range(repeats):
+            micro(C, 0, 0, work[thread], 0, PANEL_B, KC, False)
+
+
+def measure_peak(work):
+    """This machine's float32 FLOP/s on all threads, by a loop of 50 ms or more; NaN in plain Python"""
+    if numba.config.DISABLE_JIT:
+        return math.nan
+    work[:, :STRIPS] = 0
+    best, repeats = 0.0, 2000
+    multiply_in_cache(work, 1)
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply_in_cache(work, repeats)
+        best = max(best, len(work) * repeats * 2 * MR * NR * KC / (time.perf_counter() - start))
+    return best
+
+
+def compile_kernels():
+    """Run everything once on a model that is as small as can be, so that compiling is not part of any step's time."""
+    start = time.perf_counter()
+    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16))
+    model.init_random()
+    tokens = np.array([[1, 2, 3]], np.int32)
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(1e-4)
+    model.forward(tokens)
+    model.logits(0)
+    print(f"kernels: ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later runs find them "
+          "in __pycache__)", flush=True)
+
+
+def print_sample(model, tokenizer, sampler, count):
+    print("generating:\n---")
+    for token in generate(model, sampler, [tokenizer.eot_token], count - 1):
+        print(tokenizer.decode(token), end="", flush=True)
+    print("\n---", flush=True)
+
+
+def validate(model, loader, batches):
+    """The mean loss of the first `batches` batches"""
+    loader.reset()
+    return sum(model.forward(*loader.next_batch(), train=False) for _ in range(batches)) / batches
+
+
+def train(flags):
+    B, T, steps = flags.batch_size, flags.sequence_length, flags.num_iterations
+    print(f"llm.numba: Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}")
+    print(f"threads: {numba.get_num_threads()} | matrix product: {MR} x {NR} micro-kernel, {VL * 32}-bit vectors")
+    config = model_config(flags.model)
+    plan = memory_plan(config, B, T)
+    print("memory: " + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in plan.items())
+          + f", in all {sum(plan.values()) / 2**20:,.0f} MiB")
+    require_memory(sum(plan.values()))
+    compile_kernels()
+    model = GPT2.build(flags.model)
+    print("[GPT-2]")
+    for name, value in vars(config).items():
+        print(f"{name}: {value}")
+    print(f"num_parameters: {model.num_parameters}")
+
+    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
+    if flags.overfit_single_batch:
+        train_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
+    else:
+        train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=True, vocab_size=config.vocab_size)
+    print(f"train dataset num_batches: {train_loader.num_tokens // (B * T)}")
+    print(f"val dataset num_batches: {val_loader.num_tokens // (B * T)}")
+    model.allocate(B, T)
+    print(f"num_activations: {size_of(activation_table(config, B, T))}", flush=True)
+
+    tokenizer, sampler = Tokenizer(), Sampler()
+    if tokenizer.tokens is None and flags.sample_every:
+        print("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
+              "---> HINT: python dev/data/tinyshakespeare.py writes it")
+    flops_per_token = 6 * model.num_parameters + 6 * config.num_layers * config.channels * T
+    peak = measure_peak(model.work)
+    times, loss, val_loss = [], math.nan, math.nan
+    stop = stop_on_signals()
+    for step in range(steps + 1):
+        last_step = step == steps or stop.requested
+
+        # once in a while estimate the validation loss
+        if flags.val_loss_every and (step % flags.val_loss_every == 0 or last_step):
+            val_loss = validate(model, val_loader, flags.val_max_steps)
+            print(f"val loss {val_loss:f}", flush=True)
+
+        # once in a while draw a text from the model
+        if flags.sample_every and (step and step % flags.sample_every == 0 or last_step):
+            print_sample(model, tokenizer, sampler, flags.gen_tokens)
+        if last_step:
+            break
+
+        # a training step
+        start = time.perf_counter()
+        if flags.overfit_single_batch:
+            train_loader.reset()
+        loss = model.forward(*train_loader.next_batch())
+        model.backward()
+        norm = model.update(flags.learning_rate, weight_decay=flags.weight_decay)
+        times.append(time.perf_counter() - start)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise ValueError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged\n"
+                             "---> HINT: use a smaller learning rate (-l)")
+        print(f"step {step}: train loss {loss:f} (took {times[-1] * 1000:f} ms) | norm {norm:.4f} | lr {flags.learning_rate:.2e} "
+              f"| {100 * flops_per_token * B * T / times[-1] / peak:.1f}% MFU | {B * T / times[-1]:.0f} tok/s", flush=True)
+
+    if times:
+        mean = sum(times) / len(times)
+        print(f"steps: {len(times)}\ntokens: {len(times) * B * T}\nfinal train loss: {loss:f}\nfinal val loss: {val_loss:f}\n"
+              f"mean ms per step: {1000 * mean:.1f}\nbest ms per step: {1000 * min(times):.1f}\n"
+              f"tokens per second: {B * T / mean:.0f}\nMFU: {100 * flops_per_token * B * T / mean / peak:.1f}%\n"
+              f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+
+
+def stop_on_signals():
+    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
+    stop = SimpleNamespace(requested=False)
+
+    def request(number, frame):
+        if stop.requested:
+            sys.exit(130)
+        stop.requested = True
+        print("\nstopping after this step (once more: at once)", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request)
+    return stop
+
+
+def available_memory():
+    """Bytes of memory that this process can still get, or infinity where the system doesn't say"""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):
+        pass  # no cgroup, or no limit in it ("max")
+    return free
+
+
+def require_memory(needed):
+    """ValueError if a run of so many bytes does not fit into memory"""
+    if needed > available_memory():
+        raise ValueError(f"this run needs {needed / 2**30:.1f} GiB of memory, and {available_memory() / 2**30:.1f} GiB are free\n"
+                         "---> HINT: use a smaller batch (-b), a shorter sequence (-t) or a smaller model (-e)")
+
+
+def peak_memory():
+    """The most memory that this process has held, in bytes"""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size << 10
+
+
+def main(argv=None):
+    """The command line: see --help. Returns the exit status."""
+    try:
+        train(parse_flags(argv))
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
