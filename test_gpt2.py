@@ -1,0 +1,115 @@
+"""
+Checks the trainer against PyTorch's numbers: logits, loss and gradients of one batch, then ten steps of AdamW.
+
+    python test_gpt2.py                      the tiny model in dev/test/, and GPT-2 124M where data/ holds its state
+    python test_gpt2.py MODEL.bin STATE.bin  any checkpoint and debug state (dev/train_gpt2_torch.py writes them)
+
+It prints what llm.c's test prints, but its bounds are relative as well, so that a gradient of zeros does not pass,
+and its exit status is 1 when anything is wrong.
+"""
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+from train_gpt2 import GPT2, HEADER_BYTES, Tensors, check_size, read_header
+
+STATE_MAGIC = 20240327
+TINY = ("dev/test/gpt2_tiny.bin", "dev/test/gpt2_tiny_debug_state.bin")
+GPT2_124M = ("data/gpt2_124M.bin", "data/gpt2_124M_debug_state.bin")
+# the ten losses that llm.c expects of GPT-2 124M, for a state that comes without a .json of its own
+LOSSES_124M = [5.270007133483887, 4.059706687927246, 3.3751230239868164, 2.8007826805114746, 2.315382242202759,
+               1.8490285873413086, 1.3946564197540283, 0.9991465210914612, 0.6240804195404053, 0.37651097774505615]
+
+LOGITS_BOUND = 2e-4    # largest difference
+LOSS_BOUND = 1e-5      # relative
+GRADIENT_BOUND = 1e-4  # of a tensor: norm of the difference relative to the norm, and largest relative to the largest
+STEPS_BOUND = 1e-4     # difference of each of the ten losses
+
+
+def read_state(path, model):
+    """Inputs, targets (B, T), logits (B*T, V), loss and gradients from a debug state; ValueError if it isn't whole."""
+    V = model.config.vocab_size
+    with open(path, "rb") as file:
+        B, T = (int(n) for n in read_header(file, path, STATE_MAGIC, (2,))[2:4])
+        check_size(path, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + model.num_parameters))
+        x, y = (np.fromfile(file, np.int32, B * T).reshape(B, T) for _ in range(2))
+        logits = np.fromfile(file, np.float32, B * T * V).reshape(B * T, V)
+        loss = float(np.fromfile(file, np.float32, 1)[0])
+        return x, y, logits, loss, Tensors(np.fromfile(file, np.float32, model.num_parameters), model.table)
+
+
+def check_tensor(name, ours, theirs):
+    """Compare a gradient, layer by layer where it has layers; True if all are within the bound."""
+    print(name)
+    for a, b in zip(ours.ravel()[:5], theirs.ravel()[:5]):
+        print(f"{'OK' if abs(a - b) <= GRADIENT_BOUND * np.abs(theirs).max() else 'NOT OK'} {a:f} {b:f}")
+    ok = True
+    for a, b in zip(ours, theirs) if name[1:] not in ("wte", "wpe", "lnfw", "lnfb") else [(ours, theirs)]:
+        difference = (a - b).astype(np.float64)
+        ok &= bool(np.linalg.norm(difference) <= GRADIENT_BOUND * np.linalg.norm(b.astype(np.float64)))
+        ok &= bool(np.abs(difference).max() <= GRADIENT_BOUND * np.abs(b).max())
+    print(f"TENSOR {'OK' if ok else 'NOT OK'}, maxdiff = {np.abs(ours - theirs).max():e}")
+    return ok
+
+
+def check(model_path, state_path):
+    """Run the whole comparison for one model; True if everything is within its bounds."""
+    model = GPT2.build(model_path)
+    x, y, expected_logits, expected_loss, expected_grads = read_state(state_path, model)
+    print(f"{model_path}: {model.num_parameters:,} parameters, B = {x.shape[0]}, T = {x.shape[1]}")
+
+    model.forward(x)
+    max_diff = max(float(np.abs(model.logits(i) - row).max()) for i, row in enumerate(expected_logits))
+    ok = max_diff < LOGITS_BOUND
+    print(f"{'OK' if ok else 'NOT OK'} (LOGITS), max_diff = {max_diff:e}")
+
+    reference_path, losses = os.path.splitext(state_path)[0] + ".json", LOSSES_124M
+    settings = dict(learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+    if os.path.exists(reference_path):
+        with open(reference_path) as file:
+            reference = json.load(file)
+        losses, settings = reference["losses"], {name: reference[name] for name in settings}
+    elif os.path.basename(state_path) != os.path.basename(GPT2_124M[1]):
+        raise FileNotFoundError(f"no {reference_path}, which holds the losses of ten steps\n"
+                                "---> HINT: dev/train_gpt2_torch.py writes it beside the debug state")
+    for step, expected in enumerate(losses):
+        start = time.perf_counter()
+        loss = model.forward(x, y)
+        model.backward()
+        if step == 0:
+            loss_ok = abs(loss - expected_loss) <= LOSS_BOUND * abs(expected_loss)
+            print(f"LOSS {'OK' if loss_ok else 'NOT OK'}: {loss:f} {expected_loss:f}")
+            ok &= loss_ok
+            for name, _ in model.table:
+                ok &= check_tensor(f"d{name}", getattr(model.grads, name), getattr(expected_grads, name))
+            padding_ok = not model.grads.wte[model.config.vocab_size:].any()
+            print(f"PADDING OF wte {'OK' if padding_ok else 'NOT OK'}")
+            ok &= padding_ok
+        model.update(**settings)
+        step_ok = abs(loss - expected) < STEPS_BOUND
+        print(f"step {step}: loss {loss:f} (took {(time.perf_counter() - start) * 1000:f} ms) OK = {int(step_ok)}")
+        ok &= step_ok
+    print(f"overall okay: {int(ok)}", flush=True)
+    return ok
+
+
+def main(argv):
+    if len(argv) not in (0, 2):
+        print(__doc__, file=sys.stderr)
+        return 2
+    root = os.path.dirname(os.path.abspath(__file__))
+    pairs = [argv] if argv else [[os.path.join(root, path) for path in pair] for pair in (TINY, GPT2_124M)]
+    try:
+        # every pair is checked, also after one that fails
+        results = [check(*pair) for pair in pairs if argv or pair[0].endswith("tiny.bin") or os.path.exists(pair[1])]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
