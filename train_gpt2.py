@@ -278,11 +278,11 @@ def tile_shape(M, N, threads):
 # encoder: token embedding + position embedding
 
 @kernel
-def encoder_forward(out, inp, wte, wpe):
-    # out (B*T, C); inp (B, T) tokens; wte (Vp, C); wpe (maxT, C)
+def encoder_forward(out, inp, wte, wpe, start):
+    # out (B*T, C); inp (B, T) tokens; wte (Vp, C); wpe (maxT, C); start: the position of the first token
     B, T = inp.shape
     for bt in prange(B * T):
-        token, position = wte[inp[bt // T, bt % T]], wpe[bt % T]
+        token, position = wte[inp[bt // T, bt % T]], wpe[start + bt % T]
         for i in range(out.shape[1]):
             out[bt, i] = token[i] + position[i]
 
@@ -379,6 +379,18 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
     # bias, residual and act may be empty: then they are left out. What follows the product is done tile by tile,
     # while the tile is in the cache. work (threads, scratch memory)
     BT, OC = out.shape
+    if BT == 1:  # a matrix times a vector: each weight is used once, so all that counts is to read them in order
+        for block in prange((OC + 15) // 16):
+            for o in range(block * 16, min(OC, block * 16 + 16)):
+                x, w = inp[0], weight[o]
+                total = ZERO
+                for i in range(x.size):
+                    total += w[i] * x[i]
+                total += (bias[o] if bias.size else ZERO) + (residual[0, o] if residual.size else ZERO)
+                out[0, o] = total
+                if act.size:
+                    act[0, o] = gelu(total)
+        return
     rows, columns = tile_shape(BT, OC, len(work))
     down, across = (BT + rows - 1) // rows, (OC + columns - 1) // columns
     for thread in prange(len(work)):
@@ -487,6 +499,33 @@ def attention_forward(out, lse, qkv, work):
 
 
 @kernel
+def attention_decode(out, qkv, k, v, NH):
+    # The forward pass of one token more, for drawing text, with the keys and values of those before it at hand:
+    # out (C,); qkv (3*C,), of which only q is read; k, v (T, C), this token's included
+    T, C = k.shape
+    hs = C // NH
+    scale = ONE / np.sqrt(np.float32(hs))
+    for h in prange(NH):
+        q, y, row = qkv[h * hs:(h + 1) * hs], out[h * hs:(h + 1) * hs], np.empty(T, np.float32)
+        for t in range(T):
+            key = k[t, h * hs:(h + 1) * hs]
+            score = ZERO
+            for i in range(hs):
+                score += q[i] * key[i]
+            row[t] = score * scale
+        largest = maximum(row)
+        total = ZERO
+        for t in range(T):
+            row[t] = exp(row[t] - largest)
+            total += row[t]
+        y[:] = ZERO
+        for t in range(T):
+            value, p = v[t, h * hs:(h + 1) * hs], row[t] / total
+            for i in range(hs):
+                y[i] += p * value[i]
+
+
+@kernel
 def attention_backward(dqkv, dout, out, lse, qkv, work):
     # dqkv (B*T, 3*C), written; dout, out (B*T, C); lse (B, NH, T); qkv (B*T, 3*C)
     # A thread owns whole heads: all strips add to the head's dk and dv.
@@ -581,52 +620,6 @@ def fused_classifier(logits, losses, targets, dloss, V):
             x[i] *= scale
         x[targets[r]] -= dloss
         logits[r, V:] = ZERO
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one token at a time, for drawing text: each weight is read once, at the speed of the memory
-
-@kernel
-def matvec_forward(out, inp, weight, bias, residual):
-    # out (OC,) = weight (OC, C) @ inp (C,) + bias (OC,) + residual (OC,); bias and residual may be empty
-    OC, C = weight.shape
-    for block in prange((OC + 15) // 16):
-        for o in range(block * 16, min(OC, block * 16 + 16)):
-            w = weight[o]
-            total = ZERO
-            for i in range(C):
-                total += w[i] * inp[i]
-            if bias.size:
-                total += bias[o]
-            if residual.size:
-                total += residual[o]
-            out[o] = total
-
-
-@kernel
-def attention_decode(out, qkv, k, v, NH):
-    # out (C,); qkv (3*C,), of which only q is read; k, v (T, C), this token's included
-    T, C = k.shape
-    hs = C // NH
-    scale = ONE / np.sqrt(np.float32(hs))
-    for h in prange(NH):
-        q, y, row = qkv[h * hs:(h + 1) * hs], out[h * hs:(h + 1) * hs], np.empty(T, np.float32)
-        for t in range(T):
-            key = k[t, h * hs:(h + 1) * hs]
-            score = ZERO
-            for i in range(hs):
-                score += q[i] * key[i]
-            row[t] = score * scale
-        largest = maximum(row)
-        total = ZERO
-        for t in range(T):
-            row[t] = exp(row[t] - largest)
-            total += row[t]
-        y[:] = ZERO
-        for t in range(T):
-            value, p = v[t, h * hs:(h + 1) * hs], row[t] / total
-            for i in range(hs):
-                y[i] += p * value[i]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -813,7 +806,7 @@ def is_checkpoint(name):
 GPT2_DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30),
                72: (2880, 30), 84: (3456, 36)}  # layers: (channels, heads)
 GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 2048: (24, 128), 2560: (32, 80),
-                 4096: (32, 128), 5140: (40, 128), 12288: (96, 128)}  # channels: (layers, head size)
+                 4096: (32, 128), 12288: (96, 128)}  # channels: (layers, head size)
 
 
 def work_shape(config):
@@ -828,6 +821,7 @@ def memory_plan(config, B, T, recompute=1, train=True):
         "parameters": 4 * size_of(parameter_table(config)) * copies,
         "activations": 4 * size_of(activation_table(config, B, T, recompute, train)),
         "scratch": 4 * math.prod(work_shape(config)),
+        "keys and values": 8 * config.num_layers * config.max_seq_len * config.channels,
         "Python": 200 << 20,
     }
 
@@ -846,7 +840,7 @@ class GPT2:
         self.params = Tensors(aligned(self.num_parameters), self.table)
         self.recompute = 1  # see activation_table
         self.grads = self.m = self.v = self.acts = self.acts_key = None
-        self.keys, self.values, self.cached = None, None, 0  # of the tokens that decode() has read
+        self.keys, self.values, self.cached = None, None, 0  # of the tokens that read() has read
         self.micro_batches = 0  # whose gradients have been accumulated since the last update
         self.pending = False  # has a forward pass been made for training, without its backward pass?
         self.updates = 0  # t of AdamW's bias correction is one more
@@ -912,12 +906,12 @@ class GPT2:
             self.grads = Tensors(aligned(self.num_parameters), self.table)
             self.m, self.v = (Tensors(aligned(self.num_parameters, np.zeros), self.table) for _ in range(2))
 
-    def forward(self, inputs, targets=None, train=True, cache=False):
+    def forward(self, inputs, targets=None, train=True, start=None):
         """The forward pass. inputs, targets: (B, T) int32 tokens.
 
         With targets: returns the mean cross-entropy; if `train`, gradients of the classifier are computed on the way,
         while its logits exist, and backward() goes on from there. Without: leaves the final LayerNorm's output in
-        `acts.lnf` (B*T, C), from which logits() computes any row's logits. cache: keep sequence 0's keys and values.
+        `acts.lnf` (B*T, C), from which logits() computes any row's logits. start: see read().
         """
         train = train and targets is not None
         inputs = self.check_tokens(inputs)
@@ -927,15 +921,18 @@ class GPT2:
         if self.acts_key != (B, T, train):
             self.allocate(B, T, train)
         p, acts, work = self.params, self.acts, self.work
-        encoder_forward(acts.encoded, inputs, p.wte, p.wpe)
+        encoder_forward(acts.encoded, inputs, p.wte, p.wpe, start or 0)
         residual = acts.encoded
         for l in range(self.config.num_layers):
             at = acts.layer(l if train else 0)
             layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
             matmul_forward(at.qkv, NOTHING, at.ln1, p.qkvw[l], p.qkvb[l], NOTHING, work)
-            if cache:
-                self.keys[l, :T], self.values[l, :T] = np.split(at.qkv[:T], 3, axis=1)[1:]
-            attention_forward(at.atty, at.lse, at.qkv, work)
+            if start is not None:
+                _, self.keys[l, start:start + T], self.values[l, start:start + T] = np.split(at.qkv, 3, axis=1)
+            if start:
+                attention_decode(at.atty[0], at.qkv[0], self.keys[l, :start + 1], self.values[l, :start + 1], at.lse.shape[1])
+            else:
+                attention_forward(at.atty, at.lse, at.qkv, work)
             matmul_forward(at.residual2, NOTHING, at.atty, p.attprojw[l], p.attprojb[l], residual, work)
             layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
             matmul_forward(at.fch, at.fch_gelu, at.ln2, p.fcw[l], p.fcb[l], NOTHING, work)
@@ -969,42 +966,21 @@ class GPT2:
         matmul_forward(out, NOTHING, self.acts.lnf[row:row + 1], self.params.wte, NO_BIAS, NOTHING, self.work)
         return out[0, :self.config.vocab_size]
 
-    def prefill(self, tokens):
-        """Read a text of up to maxT tokens. Returns the logits (V,) of what comes next; decode() then goes on from there."""
-        if self.keys is None:
-            c = self.config
-            self.keys, self.values = (aligned(c.num_layers * c.max_seq_len * c.channels).reshape(
-                c.num_layers, c.max_seq_len, c.channels) for _ in range(2))
-        self.forward(np.array([tokens], np.int32), cache=True)
-        self.cached = len(tokens)
-        return self.logits(len(tokens) - 1)
+    def read(self, tokens):
+        """Read tokens that follow the `cached` ones read before: any number at first, then one at a time.
 
-    def decode(self, token):
-        """Read one token more: a forward pass of one row, with the keys and values of the tokens before it kept."""
-        t, p, NH = self.cached, self.params, self.config.num_heads
-        if not 0 < t < self.config.max_seq_len or not 0 <= token < self.config.vocab_size:
-            raise ValueError(f"cannot read token {token} at position {t}: prefill() comes before, and the model has "
-                             f"{self.config.max_seq_len} positions and {self.config.vocab_size} tokens")
-        if self.acts_key != (1, 1, False):
-            self.allocate(1, 1, train=False)
-        acts, at = self.acts, self.acts.layer(0)
-        C, residual = self.config.channels, acts.encoded
-        np.add(p.wte[token], p.wpe[t], out=residual[0])
-        for l in range(self.config.num_layers):
-            layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-            matvec_forward(at.qkv[0], at.ln1[0], p.qkvw[l], p.qkvb[l], NO_BIAS)
-            self.keys[l, t], self.values[l, t] = at.qkv[0, C:2 * C], at.qkv[0, 2 * C:]
-            attention_decode(at.atty[0], at.qkv[0], self.keys[l, :t + 1], self.values[l, :t + 1], NH)
-            matvec_forward(at.residual2[0], at.atty[0], p.attprojw[l], p.attprojb[l], residual[0])
-            layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
-            matvec_forward(at.fch[0], at.ln2[0], p.fcw[l], p.fcb[l], NO_BIAS)
-            gelu_forward(at.fch_gelu, at.fch)
-            matvec_forward(at.residual3[0], at.fch_gelu[0], p.fcprojw[l], p.fcprojb[l], at.residual2[0])
-            residual = at.residual3
-        layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
-        matvec_forward(acts.logits[0], acts.lnf[0], p.wte, NO_BIAS, NO_BIAS)
-        self.cached += 1
-        return acts.logits[0, :self.config.vocab_size]
+        Their keys and values are kept, so that one token costs one pass over the weights. Set `cached` to 0 to begin
+        another text. Returns the logits (V,) of the token that comes next.
+        """
+        L, maxT, C = self.config.num_layers, self.config.max_seq_len, self.config.channels
+        if self.keys is None:
+            self.keys, self.values = (aligned(L * maxT * C).reshape(L, maxT, C) for _ in range(2))
+        start = self.cached
+        if start + len(tokens) > maxT or start and len(tokens) != 1:
+            raise ValueError(f"cannot read {len(tokens)} tokens after {start}: the model has {maxT} positions")
+        self.forward(np.array([tokens], np.int32), start=start)
+        self.cached += len(tokens)
+        return self.logits(len(tokens) - 1)
 
     def backward(self):
         """The backward pass of the last forward pass: the same layers in reverse. Adds this micro-batch's gradients."""
@@ -1310,10 +1286,10 @@ class Sampler:
 
     def draw(self, logits):
         """A token: the first whose cumulative probability exceeds the coin. logits (V,)"""
-        coin = np.float32(self.coin())
+        coin = self.coin()
         if self.temperature == 0:
             return int(logits.argmax())
-        probs = np.exp((logits - logits.max()) / np.float32(self.temperature))
+        probs = np.exp((logits - logits.max()) / np.float64(self.temperature))  # float32 sums would be off by a token
         if 0 < self.top_k < len(probs):
             probs[probs < np.partition(probs, -self.top_k)[-self.top_k]] = 0
         probs /= probs.sum()
@@ -1329,20 +1305,25 @@ def generate(model, sampler, prompt, count):
     """Draw `count` tokens after the prompt (a list of tokens), one after another. Where the model has no position left,
     it goes on from the second half of what it has seen."""
     tokens, maxT = list(prompt), model.config.max_seq_len
-    for i in range(count):
-        if i == 0 or model.cached == maxT:
-            logits = model.prefill(tokens if len(tokens) <= maxT else tokens[-(maxT // 2):])
-        else:
-            logits = model.decode(tokens[-1])
-        tokens.append(sampler.draw(logits))
+    model.cached, unread = 0, tokens
+    for _ in range(count):
+        if model.cached + len(unread) > maxT:
+            model.cached, unread = 0, tokens[-(maxT // 2):]
+        tokens.append(sampler.draw(model.read(unread)))
+        unread = tokens[-1:]
         yield tokens[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # multiple choice, such as HellaSwag: the model's answer is the completion with the lowest mean loss after the context
 
+HELLASWAG = "data/hellaswag/hellaswag_val.bin"
+
+
 def read_examples(path):
     """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no evaluation set {path}\n---> HINT: python dev/data/hellaswag.py writes HellaSwag's")
     with open(path, "rb") as file:
         count = read_header(file, path, EVAL_MAGIC, (1,))[2]
         words = np.fromfile(file, np.uint16).tolist()
@@ -1625,8 +1606,8 @@ def compile_kernels():
     model.forward(tokens, tokens)
     model.backward()
     model.update(1e-4)
-    model.prefill([1, 2])
-    model.decode(3)
+    model.read([1, 2])
+    model.read([3])
     print(f"kernels: ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later runs find them "
           "in __pycache__)", flush=True)
 
@@ -1645,32 +1626,18 @@ def validate(model, loader, batches):
     return sum(model.forward(*loader.next_batch(), train=False) for _ in range(batches)) / batches
 
 
-def find_hellaswag():
-    path = "data/hellaswag/hellaswag_val.bin"
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no {path}\n---> HINT: python dev/data/hellaswag.py writes it; or leave out -h 1")
-    return path
-
-
-def prepare_output(flags):
-    """Make the output folder. Returns the step to resume from, or None."""
-    folder = flags.output_dir
-    if not folder:
-        return None
-    os.makedirs(folder, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # an earlier run was killed while writing
+def open_output(flags, resume_step):
+    """Make the output folder fit for a run: without leftovers of one that was killed, or finished and is not resumed."""
+    os.makedirs(flags.output_dir, exist_ok=True)
+    for path in glob.glob(os.path.join(glob.escape(flags.output_dir), "*.tmp")):
         os.unlink(path)
-    steps = complete_checkpoints(folder)
-    if steps and flags.resume:
-        return steps[-1]
-    if flags.resume:
-        print(f"no complete checkpoint in {folder}: starting from {flags.model}")
-    elif steps:
-        print(f"starting anew in {folder}: checkpoints of an earlier run, of steps {steps[0]} to {steps[-1]}, are "
-              "no longer valid and will be overwritten")
-    for step in steps:
-        os.unlink(checkpoint_files(folder, step)[0])
-    return None
+    steps = complete_checkpoints(flags.output_dir)
+    if flags.resume and not steps:
+        print(f"no complete checkpoint in {flags.output_dir}: starting from {flags.model}")
+    elif resume_step is None and steps:
+        print(f"starting anew in {flags.output_dir}: the checkpoints of steps {steps[0]} to {steps[-1]} there will be overwritten")
+        for step in steps:
+            os.unlink(checkpoint_files(flags.output_dir, step)[0])  # without DONE it is none
 
 
 def save(flags, step, model, loader, sampler, detectors):
@@ -1691,7 +1658,7 @@ def train(flags):
     print(f"threads: {numba.get_num_threads()} | matrix product: {MR} x {NR} micro-kernel, {VL * 32}-bit vectors")
     if flags.ignored:
         print(f"ignored, since they mean nothing on a CPU: {' '.join(flags.ignored)}")
-    resume_step = prepare_output(flags)
+    resume_step = max(complete_checkpoints(flags.output_dir), default=None) if flags.resume else None
     name = flags.model if resume_step is None else checkpoint_files(flags.output_dir, resume_step)[1]
     config = model_config(name)
     plan = memory_plan(config, B, T, flags.recompute)
@@ -1700,8 +1667,10 @@ def train(flags):
     require_memory(sum(plan.values()))
     val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
     train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=not flags.overfit_single_batch, vocab_size=config.vocab_size)
-    examples = read_examples(find_hellaswag())[:flags.eval_examples or None] if flags.hellaswag_eval else []
+    examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
     prompt = encode(flags.prompt) if flags.prompt else None
+    if flags.output_dir:
+        open_output(flags, resume_step)
     compile_kernels()
 
     model = GPT2.build(name)
@@ -1817,13 +1786,14 @@ def stop_on_signals():
 
 def available_memory():
     """Bytes of memory that this process can still get, or infinity where the system doesn't say"""
+    free = math.inf
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
             free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):
-        pass  # no cgroup, or no limit in it ("max")
+    except (OSError, ValueError):  # not Linux, no cgroup, or no limit in it ("max")
+        pass
     return free
 
 
