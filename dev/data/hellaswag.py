@@ -1,0 +1,40 @@
+"""
+HellaSwag, https://github.com/rowanz/hellaswag: which of four endings goes on with a text?
+
+    python dev/data/hellaswag.py                    # data/hellaswag/hellaswag_val.bin, 10,042 examples
+    python dev/data/hellaswag.py --split train      # 39,905 examples
+"""
+
+import argparse
+import json
+
+from data_common import add_common_flags, download, get_encoder, run, write_evalfile
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
+
+
+def examples(path, encoder):
+    """(context ids, ids of the four endings, which one is right) of each line. An ending begins with a space."""
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                item = json.loads(line)
+                endings = [list(encoder.encode_ordinary(" " + ending)) for ending in item["endings"]]
+                yield list(encoder.encode_ordinary(item["ctx"])), endings, int(item["label"])
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{path}, line {number} is no HellaSwag example: {e!r}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="HellaSwag into an evaluation set")
+    parser.add_argument("--split", choices=("val", "train"), default="val")
+    parser.add_argument("--base_url", default=URL, help="where hellaswag_{val,train}.jsonl come from")
+    add_common_flags(parser)
+    args = parser.parse_args()
+    folder, name = args.data_dir / "hellaswag", f"hellaswag_{args.split}"
+    source = download(f"{args.base_url}/{name}.jsonl", folder / f"{name}.jsonl")
+    write_evalfile(folder / f"{name}.bin", examples(source, get_encoder(args.tokenizer)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,253 @@
+"""
+What is in a .bin file? Its header in words, counts, checks, and the first tokens as text.
+
+    python dev/data/inspect_bin.py data/gpt2_124M.bin data/tinyshakespeare/*.bin
+
+Knows token shards, evaluation sets, models, debug states, optimiser states and the tokenizer; data/README.md describes
+the formats. Exit status 1 if any file is not what its header says.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+from data_common import DATA, EOT, EVAL_MAGIC, SHARD_MAGIC, TOKENIZER_MAGIC, VOCAB_SIZE, file_sha256, run
+
+MODEL_MAGIC, DEBUG_MAGIC, STATE_MAGIC = 20240326, 20240327, 20240527
+
+
+def read_tokenizer(path):
+    """The bytes of every token, and where they end in the file."""
+    content = path.read_bytes()
+    count = int(np.frombuffer(content, "<u4", 4)[2])
+    tokens, position = [], 1024
+    while len(tokens) < count and position < len(content):
+        end = position + 1 + content[position]
+        tokens.append(content[position + 1 : end])
+        position = end
+    return tokens, position
+
+
+class Report:
+    """Prints what is known about one file, and remembers whether a check failed."""
+
+    def __init__(self, path, tokenizer):
+        self.path, self.tokenizer, self.ok = path, tokenizer, True
+        self.size = os.path.getsize(path)
+
+    def line(self, name, value):
+        print(f"  {name:<16} {value}")
+
+    def check(self, condition, problem):
+        if not condition:
+            self.ok = False
+            print(f"  PROBLEM: {problem}")
+        return condition
+
+    def check_size(self, expected):
+        return self.check(self.size == expected, f"the file has {self.size:,} bytes, its header means {expected:,}")
+
+    def map(self, dtype, start, count):
+        """Some of the file as an array; as much as there is where the file is too short."""
+        count = max(0, min(count, (self.size - start) // np.dtype(dtype).itemsize))
+        return np.memmap(self.path, dtype, "r", start, (count,)) if count else np.zeros(0, dtype)
+
+    def text(self, tokens):
+        if not self.tokenizer:
+            return str([int(t) for t in tokens])
+        parts = [self.tokenizer[t] if t < len(self.tokenizer) else b"<%d?>" % t for t in tokens]
+        return repr(b"".join(parts).decode("utf-8", "replace"))
+
+
+def inspect_shard(r, header):
+    count = int(header[2])
+    r.line("tokens", f"{count:,}")
+    r.check(header[1] == 1, f"version {header[1]}, known is 1")
+    r.check_size(1024 + 2 * count)
+    tokens = r.map("<u2", 1024, count)
+    if r.check(len(tokens), "no tokens"):
+        blocks = [tokens[i : i + 10**7] for i in range(0, len(tokens), 10**7)]
+        largest = max(int(b.max()) for b in blocks)
+        documents = sum(int((b == EOT).sum()) for b in blocks)
+        r.line("documents", f"{documents:,} (end-of-text tokens), {len(tokens) / max(documents, 1):,.0f} tokens each")
+        r.line("largest token", largest)
+        r.check(largest < VOCAB_SIZE, f"token {largest} is not in GPT-2's vocabulary of {VOCAB_SIZE}")
+        r.line("begins", r.text(tokens[:48]))
+        r.line("ends", r.text(tokens[-16:]))
+
+
+def inspect_eval(r, header):
+    count, longest = int(header[2]), int(header[3])
+    r.line("examples", f"{count:,}")
+    r.line("longest", f"{longest:,} bytes")
+    r.check(header[1] == 1, f"version {header[1]}, known is 1")
+    words = r.map("<u2", 1024, (r.size - 1024) // 2).astype(int)
+    position, sizes, labels, completions = 0, [], [], set()
+    for i in range(count):
+        example = words[position : position + (int(words[position + 1]) // 2 if position + 1 < len(words) else 0)]
+        parts = split_example(example)
+        if not r.check(parts is not None and example[2] == i, f"example {i}, at byte {1024 + 2 * position}, is broken"):
+            return
+        if i == 0:
+            r.line("first context", r.text(parts[0]))
+            for j, part in enumerate(parts[1:]):
+                r.line("right answer" if j == example[3] else "completion", r.text(part))
+        sizes.append(2 * len(example))
+        labels.append(int(example[3]))
+        completions.add(int(example[4]))
+        position += len(example)
+    r.line("completions", " ".join(map(str, sorted(completions))))
+    r.line("labels", "  ".join(f"{label}: {labels.count(label):,}" for label in sorted(set(labels))))
+    r.check(sizes and max(sizes) == longest, f"the longest example has {max(sizes, default=0)} bytes, not {longest}")
+    r.check_size(1024 + 2 * position)
+
+
+def split_example(example):
+    """[context, completion, …] of one example of an evaluation set; None where its counts contradict each other."""
+    if len(example) < 6 or example[0] != 65535 or example[3] >= example[4]:
+        return None
+    parts, position = [], 5
+    while position < len(example):
+        parts.append(example[position + 1 : position + 1 + example[position]])
+        position += 1 + int(example[position])
+    return parts if position == len(example) and len(parts) == example[4] + 1 else None
+
+
+def tensor_table(maxT, L, C, Vp):
+    """The tensors of a model in the order of the file."""
+    return {
+        "wte": (Vp, C), "wpe": (maxT, C), "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
+        "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C), "fcw": (L, 4 * C, C),
+        "fcb": (L, 4 * C), "fcprojw": (L, C, 4 * C), "fcprojb": (L, C), "lnfw": (C,), "lnfb": (C,),
+    }  # fmt: skip
+
+
+def inspect_model(r, header):
+    version, maxT, V, L, NH, C, Vp = map(int, header[1:8])
+    r.line("numbers", {3: "float32", 5: "bfloat16"}.get(version, f"version {version}"))
+    for name, value in zip(("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels", "padded vocab"),
+                           (maxT, V, L, NH, C, Vp), strict=True):
+        r.line(name, f"{value:,}")
+    r.check(version in (3, 5), f"version {version}, known are 3 (float32) and 5 (bfloat16)")
+    if not r.check(min(maxT, V, L, NH, C, Vp) > 0 and Vp >= V and C % NH == 0, "the header contradicts itself"):
+        return
+    table = tensor_table(maxT, L, C, Vp)
+    count = sum(int(np.prod(shape)) for shape in table.values())
+    r.line("parameters", f"{count:,}")
+    width = 2 if version == 5 else 4
+    if r.check_size(1024 + width * count):
+        inspect_tensors(r, table, 1024, "<u2" if version == 5 else "<f4")
+        padding = r.map("<u2" if version == 5 else "<f4", 1024 + width * V * C, (Vp - V) * C)
+        r.check(not padding.any(), "the padding of wte is not zero")
+
+
+def inspect_tensors(r, table, start, dtype):
+    """Root mean square and range of every tensor; bfloat16 comes as uint16, the upper half of a float32."""
+    for name, shape in table.items():
+        count = int(np.prod(shape))
+        raw = r.map(dtype, start, count)
+        start += count * raw.itemsize
+        total, low, high = 0.0, np.inf, -np.inf
+        for i in range(0, count, 10**7):
+            block = raw[i : i + 10**7]
+            block = (block.astype("<u4") << 16).view("<f4") if raw.itemsize == 2 else block
+            total += float(np.square(block, dtype=np.float64).sum())
+            low, high = min(low, float(block.min())), max(high, float(block.max()))
+        shown = "x".join(map(str, shape))
+        r.line(f"  {name}", f"{shown:<18} rms {np.sqrt(total / count):.5f}, from {low:.4f} to {high:.4f}")
+        r.check(np.isfinite(total), f"{name} has values that are not finite")
+
+
+def inspect_debug(r, header):
+    B, T = int(header[2]), int(header[3])
+    r.line("batch", f"B={B}, T={T}")
+    r.check(header[1] == 2, f"version {header[1]}, known is 2")
+    if not r.check(0 < B and 0 < T and 1024 + 8 * B * T <= r.size, "the header contradicts itself or the size"):
+        return
+    x, y = r.map("<i4", 1024, B * T), r.map("<i4", 1024 + 4 * B * T, B * T)
+    r.line("inputs", r.text(x[:48]))
+    r.line("targets", r.text(y[:48]))
+    r.line("largest token", int(max(x.max(), y.max())))
+    r.check(min(x.min(), y.min()) >= 0, "there are negative tokens")
+    r.check((r.size - 1024) % 4 == 0, f"{r.size:,} bytes are not a whole number of float32")
+    # B·T·V logits, the loss, then the gradients; how many there are depends on a model that the header does not name
+    if r.size > 1024 + 4 * (2 * B * T + B * T * VOCAB_SIZE):
+        loss = r.map("<f4", 1024 + 4 * (2 * B * T + B * T * VOCAB_SIZE), 1)
+        r.line("loss", f"{loss[0]:.6f}, if the vocabulary is GPT-2's")
+
+
+def inspect_state(r, header):
+    words = header.view("<u8")  # 64-bit values are at even words
+    r.line("process", f"{header[3]} of {header[2]}")
+    r.line("step", f"{header[10]:,}")
+    r.line("master weights", "yes" if header[4] else "no")
+    r.line("sampler", f"{words[10]}, at the last update {words[11]}")
+    r.line("data", f"shard {words[15]}, sample {words[16]}, " + ("shuffled" if header[5] else "in order"))
+    r.check(header[1] == 1, f"version {header[1]}, known is 1")
+    r.check(0 <= header[3] < header[2], "the rank is not among the processes")
+    # the number of parameters is not in the header: it is what the size leaves for m and v (and the master weights)
+    arrays = 3 if header[4] else 2
+    if not header[5]:
+        r.line("parameters", f"{(r.size - 1024) // (4 * arrays):,}")
+        r.check((r.size - 1024) % (4 * arrays) == 0, f"{r.size:,} bytes do not hold {arrays} equal arrays of float32")
+    r.check(r.size > 1024, "there is nothing after the header")
+
+
+def inspect_tokenizer(r, header):
+    r.line("tokens", f"{header[2]:,}")
+    r.check(header[1] in (1, 2), f"version {header[1]}, known are 1 and 2")
+    eot = EOT if header[1] == 1 else int(header[3])
+    tokens, end = read_tokenizer(r.path)
+    r.check(len(tokens) == header[2], f"there are {len(tokens):,} tokens, the header means {header[2]:,}")
+    r.check_size(end)
+    r.line("end of text", f"{eot}: {tokens[eot] if eot < len(tokens) else 'missing'}")
+    r.line("longest", f"{max(map(len, tokens), default=0)} bytes")
+    r.line("begins", b" ".join(tokens[256:280]).decode("utf-8", "replace"))
+
+
+KINDS = {
+    SHARD_MAGIC: ("token shard", inspect_shard),
+    EVAL_MAGIC: ("evaluation set", inspect_eval),
+    MODEL_MAGIC: ("model", inspect_model),
+    DEBUG_MAGIC: ("debug state", inspect_debug),
+    STATE_MAGIC: ("optimiser state", inspect_state),
+    TOKENIZER_MAGIC: ("tokenizer", inspect_tokenizer),
+}
+
+
+def inspect(path, tokenizer):
+    """Print what is in the file; whether it is in order."""
+    with open(path, "rb") as f:
+        header = np.frombuffer(f.read(1024), "<i4", -1) if os.path.getsize(path) >= 1024 else np.zeros(256, "<i4")
+    kind, function = KINDS.get(int(header[0]), ("unknown", None))
+    report = Report(path, tokenizer)
+    print(f"{path}: {kind}, version {header[1]}, {report.size:,} bytes")
+    if not report.check(function is not None, f"no known kind of file: its first word is {header[0]}"):
+        return False
+    function(report, header)
+    print("  " + ("OK" if report.ok else "NOT OK"))
+    return report.ok
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What is in a .bin file?")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--sha256", action="store_true", help="print the files' sha256 too")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="where gpt2_tokenizer.bin is (default: data/)")
+    args = parser.parse_args()
+    tokenizer_path = args.data_dir / "gpt2_tokenizer.bin"
+    tokenizer = read_tokenizer(tokenizer_path)[0] if tokenizer_path.exists() else None
+    if tokenizer is None:
+        print(f"tokens are shown as numbers, for lack of {tokenizer_path} (dev/data/tinyshakespeare.py makes it)")
+    fine = True
+    for path in args.files:
+        fine &= inspect(path, tokenizer)
+        if args.sha256:
+            print(f"  sha256           {file_sha256(path)}")
+    if not fine:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(main)

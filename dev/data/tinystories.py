@@ -1,0 +1,89 @@
+"""
+TinyStories, https://huggingface.co/datasets/roneneldan/TinyStories: stories that a small model can learn to tell.
+
+    python dev/data/tinystories.py      # fetches 1.6 GB, unpacks and tokenises it
+
+Writes data/tinystories/TinyStories_{val,train}.bin, about 19 and 926 million tokens. The first of the 50 files is for
+validation. The stories of a file are shuffled, always in the same way; the files keep their order.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import tarfile
+
+from data_common import HF, ShardWriter, add_common_flags, atomic_write, download, pieces, run, show, tokenize
+
+URL = f"{HF}/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
+
+
+def unpack(archive, folder):
+    """The .json files of the archive, in the order of their names. What is unpacked already is left as it is."""
+    marker = folder / ".complete"
+    if not marker.exists():
+        print(f"unpacking {show(archive)} to {show(folder)}")
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    name = member.name.rpartition("/")[2]
+                    if member.isfile() and name.endswith(".json") and not name.startswith("."):
+                        with atomic_write(folder / name) as f:
+                            shutil.copyfileobj(tar.extractfile(member), f, 1 << 20)
+        except (tarfile.TarError, EOFError) as e:
+            raise ValueError(f"{archive} cannot be unpacked: {e}\n---> HINT: delete it and run again") from None
+        folder.mkdir(exist_ok=True)
+        marker.touch()
+    return sorted(folder.glob("*.json"))
+
+
+def stories(path):
+    """The stories of a file, a JSON list of objects; read one by one, which takes a fraction of json.load's memory."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    text, result, position = path.read_text(encoding="utf-8"), [], 0
+    try:
+        position = gap.match(text, text.index("[") + 1).end()
+        while text[position] != "]":
+            item, position = decode(text, position)
+            result.append(item["story"])
+            position = gap.match(text, position).end()
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise ValueError(f"{path} is no JSON list of stories, see character {position:,}: {e!r}") from None
+    return result
+
+
+def stream(files, read):
+    """
+    The pieces for tokenize(). Within a split, file i is shuffled with the seed 1337 + i, as llm.c does it. Files that
+    have been gone through are added to the list `read`.
+    """
+    for split, paths in (("val", files[:1]), ("train", files[1:])):
+        for i, path in enumerate(paths):
+            texts = stories(path)
+            random.Random(1337 + i).shuffle(texts)
+            for text in texts:
+                for begins, piece in pieces([text.strip()]):
+                    yield split, begins, piece
+            read.append(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="TinyStories into token shards")
+    parser.add_argument("--url", default=URL, help="where TinyStories_all_data.tar.gz comes from")
+    add_common_flags(parser, workers=True)
+    args = parser.parse_args()
+    folder = args.data_dir / "tinystories"
+
+    archive = download(args.url, folder / "TinyStories_all_data.tar.gz")
+    files = unpack(archive, folder / "TinyStories_all_data")
+    if not files:
+        raise ValueError(f"no .json files in {archive}\n---> HINT: delete it and run again")
+    writers = {split: ShardWriter(folder, "TinyStories", split) for split in ("val", "train")}
+    job = [(p.name, p.stat().st_size) for p in files]
+    read = []
+    tokenize(stream(files, read), writers, job, args.tokenizer, args.workers, lambda: len(read) / len(files))
+
+
+if __name__ == "__main__":
+    run(main)
