@@ -634,8 +634,9 @@ def sum_of_squares(x):
     partial = np.empty(blocks, np.float64)
     for block in prange(blocks):
         total = ZERO
-        for value in x[block * BLOCK:(block + 1) * BLOCK]:
-            total += value * value
+        y = x[block * BLOCK:(block + 1) * BLOCK]
+        for i in range(y.size):
+            total += y[i] * y[i]
         partial[block] = total
     return partial
 
