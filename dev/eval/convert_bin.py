@@ -1,0 +1,83 @@
+"""
+A checkpoint from float32 (.bin version 3) to bfloat16 (version 5), rounded to the nearest, ties to even; or back.
+
+    python -m dev.eval.convert_bin -i data/gpt2_124M.bin -o data/gpt2_124M_bf16.bin -d bf16
+
+Here is also what the other converters share. All of them read and write one tensor at a time: the largest GPT-2 takes
+6 GB, and need not fit into memory to be converted.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from dev.data.data_common import atomic_write, run, show
+from train_gpt2 import HEADER_BYTES, MODEL_MAGIC, Tensors, model_config, parameter_table, read_header
+
+VERSIONS = {"fp32": 3, "bf16": 5}
+
+
+def from_float32(x, dtype):
+    """An array as it is stored: float32, or bfloat16 as the uint16 of its bits, since NumPy has no such type."""
+    if dtype == "fp32":
+        return np.asarray(x, "<f4")
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # the carry goes into the exponent, as it should
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype("<u2")
+
+
+def as_float32(x):
+    """The way back; float16 and float64 are welcome, too."""
+    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
+
+
+class Checkpoint:
+    """A .bin on disk. Raises FileNotFoundError or ValueError where it is no whole checkpoint."""
+
+    def __init__(self, path):
+        self.config = model_config(str(path))
+        with open(path, "rb") as f:
+            version = read_header(f, path, MODEL_MAGIC, tuple(VERSIONS.values()))[1]
+        self.dtype = "fp32" if version == 3 else "bf16"
+        memory = np.memmap(path, "<f4" if version == 3 else "<u2", "r", HEADER_BYTES)
+        self.params = Tensors(memory, parameter_table(self.config))
+
+    def tensor(self, name, layer=None):
+        """A tensor, or one layer of it, in float32; wte without the rows that are padding."""
+        x = getattr(self.params, name)
+        return as_float32(x[: self.config.vocab_size] if name == "wte" else x if layer is None else x[layer])
+
+
+def write_checkpoint(path, config, dtype, arrays):
+    """Write a .bin; arrays: all of its tensors, in pieces of any size"""
+    c, header = config, np.zeros(256, "<i4")
+    header[:8] = (MODEL_MAGIC, VERSIONS[dtype], c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels,
+                  c.padded_vocab_size)
+    with atomic_write(path) as f:
+        f.write(header.tobytes())
+        for x in arrays:
+            f.write(from_float32(x, dtype).tobytes())
+    print(f"wrote {show(path)} ({Path(path).stat().st_size:,} bytes, {dtype})")
+
+
+def converter(description, source, result):
+    """A parser with the flags that all converters have; -d is theirs to add."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("-i", "--input", required=True, help=source)
+    parser.add_argument("-o", "--output", required=True, type=Path, help=result)
+    return parser
+
+
+def main():
+    parser = converter("Convert a checkpoint to float32 or bfloat16", "a .bin", "a .bin")
+    parser.add_argument("-d", "--dtype", required=True, choices=VERSIONS)
+    args = parser.parse_args()
+    checkpoint = Checkpoint(args.input)
+    memory = checkpoint.params.memory
+    pieces = np.array_split(memory, 1 + (memory.size >> 22))
+    write_checkpoint(args.output, checkpoint.config, args.dtype, map(as_float32, pieces))
+
+
+if __name__ == "__main__":
+    run(main)

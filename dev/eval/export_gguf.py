@@ -1,0 +1,101 @@
+"""
+A checkpoint (.bin) into a GGUF file, tokenizer included, for llama.cpp and everything that is built on it.
+
+    python -m dev.eval.export_gguf -i log124M/model_00018865.bin -o my_model.gguf -d q8_0        # or f16, f32
+    llama-completion -m my_model.gguf -p "Once upon a time"
+
+Needs the package gguf. Biases, LayerNorm and the position embedding stay float32, as in llama.cpp's own converter.
+"""
+
+import json
+import math
+
+from dev.data.data_common import EOT, VOCAB_SIZE, atomic_write, run, show
+from dev.eval.convert_bin import Checkpoint, converter
+from dev.eval.export_hf import vocabulary_file
+from dev.eval.import_hf import CONV1D, tensor_table
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
+
+TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # of the weights, and of the file as a whole
+
+
+def tensor_type(name, shape, dtype):
+    """What our tensor `name` becomes in a file of `dtype`"""
+    if name not in CONV1D and name != "wte":
+        dtype = "f32"
+    if dtype == "q8_0" and shape[-1] % 32:  # its rows are in blocks of 32
+        dtype = "f16"
+    return gguf.GGMLQuantizationType[dtype.upper()]
+
+
+def add_config(writer, config, dtype):
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.channels)
+    writer.add_feed_forward_length(4 * config.channels)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_tokenizer(writer, V):
+    """GPT-2's vocabulary, up to V tokens"""
+    if V < VOCAB_SIZE:
+        print(f"a vocabulary of {V} is not GPT-2's: the file gets no tokenizer")
+        writer.add_tokenizer_model("no_vocab")
+        return
+    ids = json.loads(vocabulary_file("encoder.json"))
+    unused = V - len(ids)
+    types = [gguf.TokenType.NORMAL] * len(ids) + [gguf.TokenType.UNUSED] * unused
+    types[EOT] = gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(ids, key=ids.get) + [f"[PAD{len(ids) + i}]" for i in range(unused)])
+    writer.add_token_types(types)
+    writer.add_token_merges(vocabulary_file("vocab.bpe").decode().splitlines()[1:])  # line 1 is the version
+    writer.add_bos_token_id(EOT)
+    writer.add_eos_token_id(EOT)
+
+
+def export(checkpoint, path, dtype):
+    config = checkpoint.config
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.num_layers)
+    with atomic_write(path) as f:  # the writer opens it by its name
+        writer = gguf.GGUFWriter(f.name, "gpt2")
+        writer.add_name(path.stem)
+        add_config(writer, config, dtype)
+        add_tokenizer(writer, config.vocab_size)
+        tensors = []
+        for name, layer, hf_name, shape in tensor_table(config):
+            shape = shape[::-1] if name in CONV1D else shape  # (out, in), as in a .bin
+            kind = tensor_type(name, shape, dtype)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(theirs.get_name(hf_name, (".weight", ".bias")), shape, "float32",
+                                   math.prod(shape) // block * size, kind)
+            tensors.append((name, layer, kind))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, layer, kind in tensors:
+            writer.write_tensor_data(gguf.quants.quantize(checkpoint.tensor(name, layer), kind))
+        writer.close()
+    print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")
+
+
+def main():
+    parser = converter("A checkpoint into a GGUF file", "a .bin", "a .gguf")
+    parser.add_argument("-d", "--dtype", choices=TYPES, default="f16", help="of the weights (default: f16)")
+    args = parser.parse_args()
+    if gguf is None:
+        raise ValueError("writing GGUF needs a package\n---> HINT: pip install gguf")
+    export(Checkpoint(args.input), args.output, args.dtype)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""
+A checkpoint (.bin) into a folder that Hugging Face's transformers loads, offline and with the tokenizer.
+
+    python -m dev.eval.export_hf -i log124M/model_00018865.bin -o my_model        # -d bf16 makes it half as large
+
+    >>> tokenizer, model = AutoTokenizer.from_pretrained("my_model"), AutoModelForCausalLM.from_pretrained("my_model")
+    >>> tokenizer.decode(model.generate(**tokenizer("Once upon a time", return_tensors="pt"))[0])
+
+Neither PyTorch nor transformers is needed to write it.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+from dev.data.data_common import EOT, VOCAB_SIZE, VOCABULARY_URL, atomic_write, get_encoder, run, show
+from dev.eval.convert_bin import VERSIONS, Checkpoint, converter, from_float32
+from dev.eval.import_hf import CONV1D, PREFIX, tensor_table
+
+SAFETENSORS = {"fp32": "F32", "bf16": "BF16"}
+TORCH = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def vocabulary_file(name):
+    """The content of GPT-2's encoder.json or vocab.bpe, from tiktoken's cache"""
+    get_encoder()  # fetches both where they are missing, and sets TIKTOKEN_CACHE_DIR
+    cached = hashlib.sha1((VOCABULARY_URL + name).encode()).hexdigest()  # tiktoken's name for it
+    return (Path(os.environ["TIKTOKEN_CACHE_DIR"]) / cached).read_bytes()
+
+
+def end_of_text(config):
+    token = EOT if config.vocab_size > EOT else None
+    return {"bos_token_id": token, "eos_token_id": token}
+
+
+def hf_config(config, dtype):
+    """config.json"""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "n_positions": config.max_seq_len,
+        "n_ctx": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_embd": config.channels,
+        "resid_pdrop": 0.0,  # like our model, but not like GPT2Config's default
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": TORCH[dtype],
+        **end_of_text(config),
+    }
+
+
+def write_safetensors(path, checkpoint, dtype):
+    table, end = list(tensor_table(checkpoint.config)), 0
+    header = {"__metadata__": {"format": "pt"}}
+    for _, _, name, shape in table:
+        begin, end = end, end + (4 if dtype == "fp32" else 2) * math.prod(shape)
+        header[PREFIX + name] = {"dtype": SAFETENSORS[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with atomic_write(path) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, layer, _, _ in table:
+            x = checkpoint.tensor(name, layer)
+            f.write(from_float32(x.T if name in CONV1D else x, dtype).tobytes())
+
+
+def export(checkpoint, folder, dtype):
+    config = checkpoint.config
+    files = {"generation_config.json": end_of_text(config)}
+    if config.vocab_size >= VOCAB_SIZE:
+        files["vocab.json"], files["merges.txt"] = vocabulary_file("encoder.json"), vocabulary_file("vocab.bpe")
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": config.max_seq_len,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        }
+    else:
+        print(f"a vocabulary of {config.vocab_size} is not GPT-2's: the model gets no tokenizer")
+    files["config.json"] = hf_config(config, dtype)
+
+    (folder / "config.json").unlink(missing_ok=True)  # without it a folder is no model: it comes when all else is there
+    write_safetensors(folder / "model.safetensors", checkpoint, dtype)
+    for name, content in files.items():
+        with atomic_write(folder / name) as f:
+            f.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
+    print(f"wrote {show(folder)} ({dtype}): model.safetensors {' '.join(files)}")
+
+
+def main():
+    parser = converter("A checkpoint into a Hugging Face folder", "a .bin", "a folder")
+    parser.add_argument("-d", "--dtype", choices=VERSIONS, help="of the weights (default: as in the checkpoint)")
+    args = parser.parse_args()
+    checkpoint = Checkpoint(args.input)
+    export(checkpoint, args.output, args.dtype or checkpoint.dtype)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,207 @@
+"""
+GPT-2's weights from Hugging Face, or any model of that kind, into a checkpoint (.bin) for train_gpt2.py.
+
+    python -m dev.eval.import_hf -i gpt2 -o data/gpt2_124M.bin                         # gpt2-medium, -large, -xl
+    python -m dev.eval.import_hf -i distilbert/distilgpt2 -o data/distilgpt2.bin       # any owner/name on the hub
+    python -m dev.eval.import_hf -i my_model/ -o data/my_model_bf16.bin -d bf16        # a folder
+
+A model is config.json and model.safetensors, in one file or in several, of any GPT2LMHeadModel; one that computes
+something else than our GPT-2 is refused. From the hub the files come by HTTPS; for a private model set HF_TOKEN.
+Neither PyTorch nor transformers is needed.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from dev.data.data_common import DATA, HF, download, run, show
+from dev.eval.convert_bin import VERSIONS, as_float32, converter, write_checkpoint
+from train_gpt2 import GPT2Config, parameter_table
+
+NAMES = {  # our tensors, and how Hugging Face calls those of layer {}
+    "wte": "wte.weight", "wpe": "wpe.weight",
+    "ln1w": "h.{}.ln_1.weight", "ln1b": "h.{}.ln_1.bias",
+    "qkvw": "h.{}.attn.c_attn.weight", "qkvb": "h.{}.attn.c_attn.bias",
+    "attprojw": "h.{}.attn.c_proj.weight", "attprojb": "h.{}.attn.c_proj.bias",
+    "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
+    "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias",
+    "fcprojw": "h.{}.mlp.c_proj.weight", "fcprojb": "h.{}.mlp.c_proj.bias",
+    "lnfw": "ln_f.weight", "lnfb": "ln_f.bias",
+}  # fmt: skip
+CONV1D = {"qkvw", "attprojw", "fcw", "fcprojw"}  # stored (in, out) there, (out, in) here
+PREFIX = "transformer."  # of a GPT2LMHeadModel's tensors; a GPT2Model's have none
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old versions stored with the weights
+
+# what decides what a GPT2LMHeadModel computes, and the only values for which our model computes the same
+OURS = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names for one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+OLD_FORMAT = ("---> HINT: transformers rewrites older formats: "
+              "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)")
+SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # its types that weights can have
+
+
+def tensor_table(config):
+    """(our name, layer or None, Hugging Face's name, its shape there) of every tensor, in the order of a .bin"""
+    for name, shape in parameter_table(config):
+        layered = "{}" in NAMES[name]
+        shape = (config.vocab_size, config.channels) if name == "wte" else shape[1:] if layered else shape
+        for layer in range(config.num_layers) if layered else (None,):
+            yield name, layer, NAMES[name].format(layer), shape[::-1] if name in CONV1D else shape
+
+
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {path.name} in {path.parent}\n---> HINT: the folder of a model has one") from None
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is damaged, or no JSON of names and values: {e}\n---> HINT: fetch it again") from None
+
+
+def read_config(path):
+    """config.json as a GPT2Config. ValueError for a model that is not our GPT-2."""
+    found = read_json(path)
+    for key, values in OURS.items():
+        value = found.get(key, None if key == "model_type" else values[0])
+        if value not in values:
+            raise ValueError(f"{path}: this is no GPT-2 that train_gpt2.py could run: {key} is {value!r}, "
+                             f"expected {' or '.join(map(repr, values))}")
+    sizes = [found.get(key) for key in ("n_embd", "n_layer", "n_head", "vocab_size")]
+    sizes.append(found.get("n_positions", found.get("n_ctx")))
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] % sizes[2]:
+        raise ValueError(f"{path}: n_embd, n_layer, n_head, vocab_size and n_positions make no sense: {sizes}")
+    C, L, NH, V, maxT = sizes
+    if found.get("n_inner") not in (None, 4 * C):
+        raise ValueError(f"{path}: n_inner is {found['n_inner']}, expected 4 * n_embd = {4 * C}")
+    return GPT2Config(maxT, V, (V + 127) // 128 * 128, L, NH, C)
+
+
+def read_safetensors(path):
+    """
+    {name: array} of a file, memory-mapped; bfloat16 as uint16. Tensors of integers and booleans are left out.
+    The format (https://github.com/huggingface/safetensors): 8 bytes, the length of a JSON text; the text; the numbers.
+    """
+    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    tensors = {}
+    try:
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        for name, about in header.items():
+            shape, (begin, end) = about["shape"], about["data_offsets"]
+            if about["dtype"] not in SAFETENSORS:
+                continue
+            dtype = np.dtype(SAFETENSORS[about["dtype"]])
+            if start + end > data.size:
+                raise ValueError(f"{name} ends at byte {start + end:,}, and the file has {data.size:,}")
+            if begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
+                raise ValueError(f"{name} has the shape {shape} and {end - begin} bytes")
+            tensors[name] = data[start + begin : start + end].view(dtype).reshape(shape)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is truncated, or no safetensors file: {e}\n---> HINT: fetch it again") from None
+    return tensors
+
+
+def shards(index):
+    """The files that model.safetensors.index.json names"""
+    files = read_json(index).get("weight_map")
+    files = list(files.values()) if isinstance(files, dict) else [None]
+    if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in files):
+        raise ValueError(f"{index} has no weight_map from tensors to files beside it")
+    return sorted(set(files))
+
+
+def read_weights(folder, config):
+    """{Hugging Face's name without prefix: array}. ValueError unless these are our GPT-2's tensors and no others."""
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].exists() and index.exists():
+        files = [folder / name for name in shards(index)]
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file.name} in {folder}\n{OLD_FORMAT}")
+        tensors.update({name.removeprefix(PREFIX): x for name, x in read_safetensors(file).items()})
+    tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
+
+    head = tensors.pop("lm_head.weight", None)
+    expected = {name: shape for _, _, name, shape in tensor_table(config)}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder}: there is no tensor {name} of floats in {', '.join(f.name for f in files)}")
+        if tensors[name].shape != shape:
+            raise ValueError(f"{folder}: {name} has the shape {tensors[name].shape}, by config.json it is {shape}")
+    if other := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{folder}: {len(other)} tensors that no GPT-2 of {config.num_layers} layers has: "
+                         f"{' '.join(other[:3])} …")
+    if head is not None and not np.array_equal(head, tensors["wte.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight is not wte.weight; in our GPT-2 the two are one")
+    return tensors
+
+
+def in_our_order(config, tensors):
+    """The tensors one after another as a .bin has them"""
+    for name, _, theirs, _ in tensor_table(config):
+        x = as_float32(tensors[theirs])
+        yield x.T if name in CONV1D else x
+        if name == "wte":
+            yield np.zeros((config.padded_vocab_size - config.vocab_size, config.channels), np.float32)
+
+
+def import_model(folder, path, dtype):
+    """Write the model of a folder to `path`, or raise ValueError or FileNotFoundError and write nothing."""
+    config = read_config(folder / "config.json")
+    weights = read_weights(folder, config)
+    print(f"{show(folder)}: {config}")
+    write_checkpoint(path, config, dtype, in_our_order(config, weights))
+
+
+def fetch(model, folder):
+    """Bring a model from the hub into a folder, as far as it is not there already."""
+    def get(name):
+        try:
+            download(f"{HF}/{model}/resolve/main/{name}", folder / name)
+        except ValueError as e:
+            if "HTTP status 404" not in str(e):
+                raise
+            return False
+        return True
+
+    if not get("config.json"):
+        raise ValueError(f"{HF}/{model} has no config.json\n---> HINT: is this the name of a model?")
+    if get("model.safetensors"):
+        return
+    if not get("model.safetensors.index.json"):
+        raise ValueError(f"{HF}/{model} has no model.safetensors\n{OLD_FORMAT}")
+    for name in shards(folder / "model.safetensors.index.json"):
+        if not get(name):
+            raise ValueError(f"{HF}/{model} has no {name}, though its index names it")
+
+
+def main():
+    source = "a folder, or a model on the hub (owner/name)"
+    parser = converter("A Hugging Face GPT-2 into a checkpoint", source, "a .bin")
+    parser.add_argument("-d", "--dtype", choices=VERSIONS, default="fp32")
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="keeps what is fetched, in hf/ (default: data/)")
+    args = parser.parse_args()
+    folder = Path(args.input)
+    if not folder.is_dir():
+        model = args.input if "/" in args.input else f"openai-community/{args.input}"
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+            raise FileNotFoundError(f"no such folder: {args.input}\n---> HINT: a model on the hub is owner/name")
+        folder = args.data_dir / "hf" / model.replace("/", "--")
+        fetch(model, folder)
+    import_model(folder, args.output, args.dtype)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""
+The command line of hellaswag.py and mmlu.py: the accuracy of a checkpoint on a multiple-choice evaluation set.
+
+A model's answer is the completion whose tokens have the lowest mean loss after the context. train_gpt2.py computes it,
+and reports the same during training (-h 1).
+"""
+
+import argparse
+import os
+
+from dev.data.data_common import Progress, say
+from train_gpt2 import GPT2, read_examples, score
+
+
+def main(name, path):
+    """name: of the set and, in lower case, of the script in dev/data that writes it; path: where that puts it"""
+    parser = argparse.ArgumentParser(description=f"The accuracy of a checkpoint on {name}")
+    parser.add_argument("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint (default: %(default)s)")
+    parser.add_argument("-i", "--input", default=path, help="the evaluation set (default: %(default)s)")
+    parser.add_argument("-n", "--limit", type=int, default=0, help="score the first so many examples (default: all)")
+    args = parser.parse_args()
+    hint = f"---> HINT: python dev/data/{name.lower()}.py writes it"
+    if not os.path.isfile(args.input):
+        raise FileNotFoundError(f"no evaluation set {args.input}\n{hint}")
+    if args.limit < 0:
+        raise ValueError(f"--limit must be 1 or more, or 0 for all, not {args.limit}")
+    examples = read_examples(args.input)[:args.limit or None]
+    if not examples:
+        raise ValueError(f"{args.input} has no examples\n{hint}")
+    model = GPT2.build(args.model)
+    maxT, count, progress = model.config.max_seq_len, len(examples), Progress(name)
+    if cut := sum(len(context) + max(map(len, completions)) > maxT + 1 for context, completions, _ in examples):
+        print(f"{cut} examples have more than {maxT} tokens: the model does not see the beginning of their context")
+    correct, accuracy, error = score(model, examples, lambda done: progress.update(done, "examples", done / count))
+    say(f"{name}: {correct}/{count} = {accuracy:.6f} | standard error {error:.6f}")
