@@ -716,7 +716,13 @@ def activation_table(config, B, T, recompute=1, train=True):
     """(name, shape) of what a forward pass leaves for the backward pass, and of the scratch memory that layers share.
 
     recompute: 0 keeps all activations; the backward pass computes with 1 GELU's output again, with 2 LayerNorm's too.
+    Raises ValueError for a batch that the model cannot have.
     """
+    if B < 1 or T < 1:
+        raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
+    if T > config.max_seq_len:
+        raise ValueError(f"a sequence of {T} tokens is too long: this model's limit is {config.max_seq_len}\n"
+                         f"---> HINT: use -t {config.max_seq_len} or less")
     Vp, L, NH, C, BT = config.padded_vocab_size, config.num_layers, config.num_heads, config.channels, B * T
     L = L if train else 1  # evaluation and sampling need one layer's activations at a time
     gelus, norms = L if recompute < 1 else 1, L if recompute < 2 else 1
@@ -890,11 +896,6 @@ class GPT2:
 
     def allocate(self, B, T, train=True):
         """Make room for batches of (B, T) tokens, once, before the first step. ValueError if T is too long."""
-        if B < 1 or T < 1:
-            raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
-        if T > self.config.max_seq_len:
-            raise ValueError(f"a sequence of {T} tokens is too long: this model's limit is {self.config.max_seq_len}\n"
-                             f"---> HINT: use -t {self.config.max_seq_len} or less")
         table = activation_table(self.config, B, T, self.recompute, train)
         if self.acts is None or size_of(table) > self.acts.memory.size:
             self.acts = None
@@ -1077,9 +1078,9 @@ def check_size(path, expected):
 
 def write_file(path, *arrays):
     """Write arrays to a file under a temporary name, flush it to the disk, then rename it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
+    folder, temporary = os.path.dirname(os.path.abspath(path)), None
     try:
+        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
         with os.fdopen(descriptor, "wb") as file:
             for array in arrays:
                 file.write(memoryview(array).cast("B"))
@@ -1087,8 +1088,12 @@ def write_file(path, *arrays):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
+                          "some space or name another folder, then go on (with -y 1 from the last checkpoint)") from error
         raise
     sync_folder(folder)
 
@@ -1185,25 +1190,22 @@ class DataLoader:
 
     def restore(self, shard_index, sample_index, state):
         """Go to where shuffle_state() was taken. state: its bytes. Returns False if they do not fit these shards."""
-        shards = len(self.files)
-        if not self.random:
-            self.open_shard(shard_index)
-        else:
-            words = np.frombuffer(state, np.uint32) if len(state) % 4 == 0 else []
-            if len(words) < 4 + shards or words[0] != shards:
-                return False
-            order = words[2:2 + shards].tolist()
-            if sorted(order) != list(range(shards)):
-                return False
-            samples = int(words[2 + shards])
-            generator = 4 + shards + samples
-            if len(words) != generator + 630 or shard_index >= shards or samples != self.samples_in(order[shard_index]):
+        shards, words = len(self.files), np.frombuffer(state[:len(state) // 4 * 4], np.uint32)
+        if shard_index >= shards:
+            return False
+        if self.random:
+            order, samples = words[2:2 + shards].tolist(), words[4 + shards:-630].tolist()
+            left, position = words[-628:-626].tolist() if len(words) > 630 else (0, 0)
+            if (sorted(order) != list(range(shards)) or sorted(samples) != list(range(self.samples_in(order[shard_index])))
+                    or not (left == 1 or 0 < position < 625 and left + position == 625)):
                 return False
             self.shard_order = order
-            self.open_shard(shard_index)
-            self.sample_order = words[4 + shards:generator].tolist()
-            left, position = int(words[generator + 2]), int(words[generator + 3])
-            self.random.set_state(("MT19937", words[generator + 4:generator + 628], 624 if left == 1 else position))
+        elif len(state):
+            return False
+        self.open_shard(shard_index)
+        if self.random:
+            self.sample_order = samples
+            self.random.set_state(("MT19937", words[-626:-2], 624 if left == 1 else position))
         self.sample_index = sample_index
         return True
 
@@ -1386,11 +1388,20 @@ def complete_checkpoints(folder):
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def remove_checkpoint(folder, step):
-    for path in checkpoint_files(folder, step):
-        if os.path.exists(path):
-            os.unlink(path)
-            sync_folder(folder)
+def remove_old_checkpoints(folder, keep, major_every):
+    """Remove what is older than the newest `keep` complete checkpoints (0 = nothing), but for multiples of major_every.
+    Incomplete ones too: they are what a run left that was killed while it removed them."""
+    complete = complete_checkpoints(folder)
+    if not keep or not complete:
+        return
+    names = map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "*_[0-9]*")))
+    steps = {int(match[1]) for match in (re.match(r"(?:DONE|model|state|run)_(\d{8})", name) for name in names) if match}
+    minor = [step for step in complete if not major_every or step % major_every]
+    for step in steps - set(minor[-keep:]) - (set(complete) - set(minor)):
+        for path in checkpoint_files(folder, step) if step < complete[-1] else []:
+            if os.path.exists(path):
+                os.unlink(path)
+                sync_folder(folder)
 
 
 def write_run_checkpoint(folder, step, model, loader, sampler, detectors):
@@ -1423,18 +1434,25 @@ def read_run_checkpoint(folder, step, model, loader, sampler, detectors):
         if header[4]:  # llm.c's float32 weights, where the model's file may hold bfloat16
             file.readinto(model.params.memory.view(np.uint8))
         shuffled = file.read()
-    run = {"tokens_per_batch": loader.B * loader.T, "shard_tokens": loader.shard_tokens, "windows": []}
+    data = loader.B * loader.T, loader.shard_tokens
+    found, windows = data, []
     if os.path.exists(run_path):  # a checkpoint of llm.c has none
-        with open(run_path) as file:
-            run = json.load(file)
-    if run["tokens_per_batch"] != loader.B * loader.T or run["shard_tokens"] != loader.shard_tokens:
-        raise ValueError(f"{run_path}: the run had {run['tokens_per_batch']:,} tokens in a batch and shards of "
-                         f"{run['shard_tokens']} tokens; now there are {loader.B * loader.T:,} and {loader.shard_tokens}\n{fit}")
+        try:
+            with open(run_path) as file:
+                run = json.load(file)
+            found = run["tokens_per_batch"], run["shard_tokens"]
+            windows = [[float(value) for value in window] for window in run["windows"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{run_path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds, the last "
+                             "128 losses and gradient norms") from error
+    if found != data:
+        raise ValueError(f"{run_path}: the run had {found[0]} tokens in a batch and shards of {found[1]} tokens; "
+                         f"now there are {data[0]} and {data[1]}\n{fit}")
     shard_index, sample_index = (int(n) for n in header[30:34].view(np.uint64))
     if bool(header[5]) != (loader.random is not None) or not loader.restore(shard_index, sample_index, shuffled):
         raise ValueError(f"{state_path}: the order of its batches is not one of this data\n{fit}")
     sampler.state = int(header[20:22].view(np.uint64)[0])
-    for detector, window in zip(detectors, run["windows"]):
+    for detector, window in zip(detectors, windows):
         detector.window.extend(window)
 
 
@@ -1461,6 +1479,11 @@ class Log:
         if self.path:
             with open(self.path, "a") as file:
                 file.write(line + "\n")
+
+    def sync(self):
+        """Make sure that the disk has what was written"""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1529,9 +1552,13 @@ def check_flags(flags):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(flags, name)}")
     for name in ("checkpoint_every", "checkpoints_keep", "major_checkpoint_every", "val_loss_every", "sample_every",
-                 "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "eval_examples"):
+                 "warmup_iters", "learning_rate", "learning_rate_decay_frac", "weight_decay", "eps", "grad_clip",
+                 "skip_update_lossz", "skip_update_gradz", "eval_examples"):
         if not 0 <= getattr(flags, name) < math.inf:
             raise ValueError(f"--{name} must not be {getattr(flags, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(flags, name) < 1:
+            raise ValueError(f"--{name} must lie between 0 and 1, not be {getattr(flags, name)}")
     if flags.num_iterations < -1 or flags.val_max_steps < -1 or flags.val_max_steps == 0:
         raise ValueError("-x and -m are numbers of steps, or -1")
     if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
@@ -1639,16 +1666,16 @@ def open_output(flags, resume_step):
         print(f"starting anew in {flags.output_dir}: the checkpoints of steps {steps[0]} to {steps[-1]} there will be overwritten")
         for step in steps:
             os.unlink(checkpoint_files(flags.output_dir, step)[0])  # without DONE it is none
+    else:
+        remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
 
 
-def save(flags, step, model, loader, sampler, detectors):
+def save(flags, step, model, loader, sampler, detectors, log):
     """Write a checkpoint; when it is complete, remove those that are too old."""
     start = time.perf_counter()
+    log.sync()
     write_run_checkpoint(flags.output_dir, step, model, loader, sampler, detectors)
-    minor = [s for s in complete_checkpoints(flags.output_dir)
-             if not flags.major_checkpoint_every or s % flags.major_checkpoint_every]
-    for old in minor[:-flags.checkpoints_keep] if flags.checkpoints_keep else []:
-        remove_checkpoint(flags.output_dir, old)
+    remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
     print(f"checkpoint of step {step} written to {flags.output_dir} (took {time.perf_counter() - start:.1f} s)", flush=True)
 
 
@@ -1725,16 +1752,16 @@ def train(flags):
         # once in a while write a checkpoint
         due = flags.checkpoint_every and (step and step % flags.checkpoint_every == 0 or last_step)
         if flags.output_dir and (due or stop.requested) and not resumed:
-            save(flags, step, model, train_loader, sampler, detectors)
+            save(flags, step, model, train_loader, sampler, detectors, log)
         if last_step or stop.requested:
             break
 
         # a training step
         start = time.perf_counter()
         loss = 0.0
+        if flags.overfit_single_batch:
+            train_loader.reset()
         for _ in range(flags.micro_batches):
-            if flags.overfit_single_batch:
-                train_loader.reset()
             loss += model.forward(*train_loader.next_batch()) / flags.micro_batches
             model.backward()
         norm = model.grad_norm()
