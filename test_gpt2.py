@@ -67,7 +67,7 @@ def check(model_path, state_path):
     print(f"{'OK' if ok else 'NOT OK'} (LOGITS), max_diff = {max_diff:e}")
 
     reference_path, losses = os.path.splitext(state_path)[0] + ".json", LOSSES_124M
-    settings = dict(learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+    settings = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
     if os.path.exists(reference_path):
         with open(reference_path) as file:
             reference = json.load(file)
