@@ -29,7 +29,7 @@ def available_cpus():
 
 if "numba" not in sys.modules:  # both libraries read these once, when they are imported
     os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus()))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one pool of threads is enough: Numba's
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ["NUMBA_NUM_THREADS"])
     # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -43,7 +43,7 @@ import re
 import signal
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -442,6 +442,54 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
                     dy = dout[bt, o0:o1]
                     for o in range(db.size):
                         db[o] += dy[o]
+
+
+# The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
+
+@kernel
+def add_bias_residual_gelu(out, act, bias, residual):
+    for bt in prange(len(out)):
+        for o in range(out.shape[1]):
+            out[bt, o] += (bias[o] if bias.size else ZERO) + (residual[bt, o] if residual.size else ZERO)
+            if act.size:
+                act[bt, o] = gelu(out[bt, o])
+
+
+@kernel
+def sum_rows(dbias, dout, add):
+    for block in prange((dbias.size + 63) // 64):
+        db = dbias[block * 64:block * 64 + 64]
+        if not add:
+            db[:] = ZERO
+        for bt in range(len(dout)):
+            for o in range(db.size):
+                db[o] += dout[bt, block * 64 + o]
+
+
+def blas_forward(out, act, inp, weight, bias, residual, work):
+    np.matmul(inp, weight.T, out=out)
+    if bias.size:
+        add_bias_residual_gelu(out, act, bias, residual)
+
+
+def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
+    np.matmul(dout, weight, out=dinp)
+    if add:
+        dweight += dout.T @ inp
+    else:
+        np.matmul(dout.T, inp, out=dweight)
+    if dbias.size:
+        sum_rows(dbias, dout, add)
+
+
+def choose_matmul(backend):
+    """Have all products done by `numba`, by `blas`, or by what is faster here (`auto`). Returns a line about it."""
+    global matmul_forward, matmul_backward
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    if backend == "blas" or backend == "auto" and "accelerate" in blas.lower():  # whose matrix units no code of ours reaches
+        matmul_forward, matmul_backward = blas_forward, blas_backward
+        return f"NumPy's BLAS ({blas})"
+    return f"Numba, {MR} x {NR} micro-kernel, {VL * 32}-bit vectors"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1536,8 +1584,12 @@ def parse_flags(argv):
     flag("--top_k", 0, "draw from the k most likely tokens, 0 = all")
     flag("--top_p", 0.0, "draw from the most likely tokens that have this probability together, 0 = all")
     flag("--seed", 1337, "of the sampler")
+    # HellaSwag
     flag("-h --hellaswag_eval", 0, "1: HellaSwag's accuracy with every validation", choices=(0, 1))
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
+    # the machine
+    flag("--matmul", "auto", "who multiplies matrices: the kernel in this file, or NumPy's BLAS", choices=("auto", "numba", "blas"))
+    flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
     ignored = ["-f", "-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -1625,6 +1677,23 @@ def measure_peak(work):
     return best
 
 
+def profile_kernels():
+    """Have every kernel count the time in it from now on. Returns {name: seconds}"""
+    seconds = Counter()
+
+    def timed(name, function):
+        def call(*args):
+            start = time.perf_counter()
+            result = function(*args)
+            seconds[name] += time.perf_counter() - start
+            return result
+        return call
+    for name, value in list(globals().items()):
+        if name.startswith("matmul_") or getattr(value, "targetoptions", {}).get("parallel"):
+            globals()[name] = timed(name, value)
+    return seconds
+
+
 def compile_kernels():
     """Run everything once on a model that is as small as can be, so that compiling is not part of any step's time."""
     start = time.perf_counter()
@@ -1683,7 +1752,9 @@ def train(flags):
     check_flags(flags)
     B, T = flags.batch_size, flags.sequence_length
     print(f"llm.numba: Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}")
-    print(f"threads: {numba.get_num_threads()} | matrix product: {MR} x {NR} micro-kernel, {VL * 32}-bit vectors")
+    threads = numba.get_num_threads()  # starts them, which settles the threading layer
+    print(f"threads: {threads} ({numba.threading_layer()}) | matrix product: {choose_matmul(flags.matmul)}")
+    profile = profile_kernels() if flags.profile else {}
     if flags.ignored:
         print(f"ignored, since they mean nothing on a CPU: {' '.join(flags.ignored)}")
     resume_step = max(complete_checkpoints(flags.output_dir), default=None) if flags.resume else None
@@ -1728,7 +1799,9 @@ def train(flags):
     log = Log(flags.output_dir, resume_step)
     flops = flags.total_batch_size * (6 * model.num_parameters + 6 * config.num_layers * config.channels * T)
     peak = measure_peak(model.work)
-    times, loss, val_loss = [], math.nan, math.nan
+    times, loss, val_loss, run_start = [], math.nan, math.nan, time.perf_counter()
+    if profile:
+        profile.clear()
     stop = stop_on_signals()
 
     for step in range(first_step, max(steps, first_step) + 1):
@@ -1792,6 +1865,9 @@ def train(flags):
               f"mean ms per step: {1000 * mean:.1f}\nbest ms per step: {1000 * min(times):.1f}\n"
               f"tokens per second: {flags.total_batch_size / mean:.0f}\nMFU: {100 * flops / mean / peak:.1f}%\n"
               f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+    total = time.perf_counter() - run_start
+    for name, seconds in sorted(profile.items(), key=lambda item: -item[1]):
+        print(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
 
 
 def duration(seconds):
