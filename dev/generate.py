@@ -1,0 +1,102 @@
+"""
+Lets a model write: text appears as it is drawn, token by token.
+
+    python -m dev.generate                                                 GPT-2 124M, beginning with anything
+    python -m dev.generate --prompt "The meaning of life is" --samples 3 --top_k 40
+    python -m dev.generate -e out/model_00005000.bin --temperature 0.8     a checkpoint of a run
+    head -c 2000 story.txt | python -m dev.generate --prompt -             goes on with standard input
+
+Runs in the project's folder. The texts go to standard output, everything else to standard error.
+"""
+import argparse
+import contextlib
+import os
+import sys
+import time
+
+from train_gpt2 import (
+    GPT2,
+    Sampler,
+    Tokenizer,
+    compile_kernels,
+    encode,
+    generate,
+    memory_plan,
+    model_config,
+    require_memory,
+)
+
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser(prog="python -m dev.generate", description=__doc__.strip().splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint, or a descriptor for random weights: d6, d12 ...")
+    flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
+    flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")
+    flag("--samples", type=int, default=1, help="how many texts are written")
+    flag("--temperature", type=float, default=1.0, help="below 1 likely tokens become more likely, 0 = always the most likely")
+    flag("--top_k", type=int, default=0, help="draw from the k most likely tokens, 0 = all")
+    flag("--top_p", type=float, default=0.0, help="draw from the most likely tokens that have this probability together, 0 = all")
+    flag("--seed", type=int, default=1337, help="of the sampler")
+    flag("--past_end", action="store_true", help="go on with another text where the model ends one (token 50256)")
+    flags = parser.parse_args(argv)
+    if flags.tokens < 1 or flags.samples < 1:
+        parser.error("--tokens and --samples must be at least 1")
+    return flags
+
+
+def write_sample(model, tokenizer, tokens, end):
+    """Print tokens as they come, up to the end-of-text token (None: to the last). Returns how many there were."""
+    count = 0
+    tokenizer.reset()
+    for token in tokens:
+        count += 1
+        if token == end:
+            break
+        print(tokenizer.decode(token), end="", flush=True)
+    print(tokenizer.decoder.decode(b"", True), flush=True)  # a character that was left incomplete
+    return count
+
+
+def run(flags):
+    sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
+    config = model_config(flags.model)
+    require_memory(sum(memory_plan(config, 1, config.max_seq_len, train=False).values()))
+    tokenizer = Tokenizer()
+    if tokenizer.tokens is None:
+        print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it", file=sys.stderr)
+    text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
+    end = min(tokenizer.eot_token, config.vocab_size - 1)
+    prompt = encode(text) if text else [end]  # a text begins after the end of another
+    model = GPT2.build(flags.model)
+    with contextlib.redirect_stdout(sys.stderr):
+        compile_kernels()
+
+    start, count = time.perf_counter(), 0
+    try:
+        for sample in range(flags.samples):
+            print("---\n" if sample else "", text, sep="", end="", flush=True)
+            tokens = generate(model, sampler, prompt, flags.tokens)
+            count += write_sample(model, tokenizer, tokens, None if flags.past_end else end)
+    finally:
+        seconds = time.perf_counter() - start
+        print(f"\n{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tok/s", file=sys.stderr)
+
+
+def main(argv=None):
+    """The command line: see --help. Returns the exit status."""
+    try:
+        run(parse_flags(argv))
+    except BrokenPipeError:  # as in `| head`: nobody wants the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

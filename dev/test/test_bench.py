@@ -1,0 +1,117 @@
+"""
+The benchmark runs, and knows every kernel: tiny sizes, and no claims about times.
+"""
+import json
+import math
+
+import numpy as np
+import pytest
+
+import train_gpt2 as t
+from dev import bench
+from dev.doc import plot_bench
+
+TINY_RUN = ["--shapes", "2x8,4x16", "--seconds", "0", "--megabytes", "4"]
+
+
+@pytest.fixture
+def measure(tiny, tmp_path):
+    """measure(*flags): run the benchmark on the tiny model; returns what it wrote."""
+    def measure(*flags):
+        output = tmp_path / "new folder" / "bench.json"
+        bench.main(["--model", tiny, *TINY_RUN, "--output", str(output), *flags])
+        return json.loads(output.read_text())
+    return measure
+
+
+def test_sections(measure, capsys):
+    measure("--only", "memory", "--shapes", "2x8")
+    results = measure("--only", "kernels,steps,curve,threads,sampling")
+    assert {"machine", "ceilings", "memory", "kernels", "steps", "curve", "threads", "sampling"} <= set(results)
+    for section in bench.SECTIONS:
+        for row in results.get(section, []):
+            assert all(math.isfinite(x) and (x > 0 or key == "share") for key, x in row.items() if isinstance(x, float)), row
+    assert [(row["B"], row["T"]) for row in results["steps"]] == [(2, 8), (4, 16)]
+    assert [row["B"] * row["T"] for row in results["curve"]] == [16, 32, 64]
+    seen = {row["what"].split()[0] for section in ("kernels", "sampling") for row in results[section] if "calls" in row}
+    assert seen == set(bench.COST)
+    for B, T in (2, 8), (4, 16):
+        shares = [row["share"] for row in results["kernels"] if (row.get("B"), row.get("T")) == (B, T)]
+        assert sum(shares) == pytest.approx(100, abs=0.1)
+    assert "| a step, B=4, T=16 |" in plot_bench.markdown(results)
+    assert "% of the time" in capsys.readouterr().out
+
+
+def test_every_kernel_has_a_cost():
+    kernels = {name for name, f in vars(t).items() if getattr(f, "targetoptions", {}).get("parallel")}
+    elsewhere = {"box_muller", "multiply_in_cache"} | {"sum_rows", "add_bias_residual_gelu"}  # no part of a step | of the BLAS way
+    assert kernels - elsewhere == set(bench.COST), "COST in dev/bench.py needs a line for each kernel"
+
+
+def test_costs():
+    """of a (4, 64) step of GPT-2 124M, summed: the products are 6 FLOPs a weight and token; AdamW moves 28 bytes a weight"""
+    def empty(*shape):
+        return np.broadcast_to(np.float32(0), shape)
+    BT, C, OC = 256, 768, 2304
+    x, y, weight = empty(BT, C), empty(BT, OC), empty(OC, C)
+    kind, forward = bench.COST["matmul_forward"](out=y, inp=x, weight=weight, bias=0)
+    assert kind == "fma"
+    assert forward + bench.COST["matmul_backward"](dout=y, inp=x, weight=weight)[1] == 6 * BT * weight.size
+    assert bench.COST["matmul_forward"](out=y[:1], inp=x[:1], weight=weight)[0] == "read"
+    T, hs, pairs = 64, 64, 64 * 65 // 2
+    _, attention = bench.COST["attention_forward"](out=x, lse=empty(4, C // hs, T))
+    assert attention == 2 * 2 * 4 * (C // hs) * pairs * hs
+    assert bench.COST["adamw_update"](params=weight) == ("adamw", 28 * weight.size)
+
+
+def test_timed(rng):
+    x, calls, before = rng.standard_normal(1000, np.float32), [], t.sum_of_squares
+    with pytest.raises(ZeroDivisionError), bench.timed(t, ["sum_of_squares"], lambda *call: calls.append(call)):
+        assert t.sum_of_squares(x).sum() == pytest.approx(x @ x, rel=1e-5)
+        raise ZeroDivisionError
+    (name, args, seconds), = calls
+    assert name == "sum_of_squares" and args["x"] is x and seconds > 0
+    assert t.sum_of_squares is before
+
+
+def test_alternate():
+    calls = []
+    first, second = bench.alternate([lambda: calls.append("a") or 1.0, lambda: calls.append("b") or 2.0], 6, least=1)
+    assert "".join(calls) == "ababab" and (first, second) == ([1, 1], [2, 2])
+
+
+def test_llmc(measure, tmp_path):
+    """a program that prints what llm.c prints, then hangs"""
+    program = tmp_path / "train_gpt2"
+    program.write_text("""#!/bin/sh
+cat gpt2_124M.bin dev/data/tinyshakespeare/tiny_shakespeare_train.bin dev/data/tinyshakespeare/tiny_shakespeare_val.bin |
+    wc -c
+for step in 0 1 2 3 4; do echo "step $step: train loss 5.123456 (took 250.500000 ms)"; done
+sleep 1000
+""")
+    program.chmod(0o755)
+    ours, theirs = measure("--only", "llmc", "--llmc", str(program))["llmc"]
+    assert theirs["ms"] == pytest.approx(250.5) and theirs["ratio"] == pytest.approx(ours["ms"] / 250.5, rel=1e-2, abs=1e-4)
+    with pytest.raises(SystemExit):
+        measure("--only", "llmc", "--llmc", "/dev/null")
+
+
+def test_torch_worker(tiny):
+    pytest.importorskip("torch")
+    peer = bench.Worker(tiny, "eager", 2, 8)
+    try:
+        assert peer.step() > 0 and peer.step() > 0
+        assert 0 < peer.peak_memory < 4 << 30
+    finally:
+        bench.end(peer.process)
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    step = {"B": 4, "T": 64, "ms": 700.0, "limit_ms": 600.0, "percent": 85.0, "tokens_per_second": 365.0}
+    results = {"machine": bench.machine(), "model": "d12", "steps": [step], "curve": [step, step | {"T": 128}],
+               "llmc": [step | {"ms": 6000.0, "ratio": 0.12}]}
+    plot_bench.plot(results, str(tmp_path / "plot.svg"))
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    with pytest.raises(ValueError, match="HINT"):
+        plot_bench.plot({}, str(tmp_path / "plot.svg"))

@@ -1,0 +1,65 @@
+"""The recipes in dev/scripts: what they would run is something that the trainer accepts, and as large as they say."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import train_gpt2
+
+SCRIPTS = sorted(Path(__file__).parents[1].glob("scripts/*.sh"))
+# (tokens of a step, steps, peak learning rate, its final fraction, warm-up) in llm.c's scripts of the same names
+LLMC = {
+    "run_gpt2_124M": (524288, 18865, 6e-4, 0, 700), "run_gpt2_350M": (524288, 60000, 3e-4, 0, 700),
+    "run_gpt2_774M": (524288, 286102, 2.5e-4, 0, 700), "run_gpt2_1558M": (1048576, 32000, 6e-4, 0.1, 700),
+    "run_gpt3_125M": (524288, 572204, 6e-4, 0.1, 700),
+}
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """commands(script, *arguments): the commands that it gives to Python, each a list of words; none is run."""
+    def commands(script, *arguments):
+        (tmp_path / ".venv/bin").mkdir(parents=True)
+        (tmp_path / "dev/scripts").mkdir(parents=True)
+        shutil.copy(script, tmp_path / "dev/scripts")
+        python, log = tmp_path / ".venv/bin/python", tmp_path / "commands"
+        python.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {shlex.quote(str(log))}\necho >> {shlex.quote(str(log))}\n')
+        python.chmod(0o755)
+        subprocess.run(["bash", f"scripts/{script.name}", *arguments], cwd=tmp_path / "dev", check=True, timeout=60,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return [shlex.split(line) for line in log.read_text().splitlines()]
+    return commands
+
+
+def test_there_are_scripts():
+    assert {script.stem for script in SCRIPTS} >= {*LLMC, "finetune_124M_shakespeare", "pretrain_d6_tinystories", "sweep_lr"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script(script, commands):
+    assert os.access(script, os.X_OK)
+    runs = [train_gpt2.parse_flags(words[1:]) for words in commands(script, "-s", "7") if words[0] == "train_gpt2.py"]
+    assert len(runs) == (5 if script.stem == "sweep_lr" else 1)
+    flops = 0
+    for flags in runs:
+        train_gpt2.check_flags(flags)
+        assert flags.sample_every == 7 and not flags.ignored and flags.output_dir.startswith("data/runs/")
+        assert flags.warmup_iters < flags.num_iterations and flags.grad_clip == 1
+        if script.stem != "sweep_lr":
+            assert flags.resume and flags.checkpoints_keep and 0 < flags.checkpoint_every < flags.num_iterations
+        config = train_gpt2.model_config("d12" if flags.model == "data/gpt2_124M.bin" else flags.model)
+        size, T = train_gpt2.size_of(train_gpt2.parameter_table(config)), flags.sequence_length
+        flops += (6 * size + 6 * config.num_layers * config.channels * T) * flags.total_batch_size * flags.num_iterations
+    if script.stem in LLMC:
+        assert LLMC[script.stem] == (flags.total_batch_size, flags.num_iterations, flags.learning_rate,
+                                     flags.learning_rate_decay_frac, flags.warmup_iters)
+        assert (flags.weight_decay, flags.beta1, flags.beta2) == (0.1, 0.9, 0.95)
+    heading = script.read_text().replace("\n# ", " ")
+    assert 0.7 < flops / float(re.search(r"Costs (\S+) FLOPs", heading)[1]) < 1.1  # validation comes on top
+    memory = sum(train_gpt2.memory_plan(config, flags.batch_size, T, flags.recompute).values()) / 2**30
+    assert memory == pytest.approx(float(re.search(r"(\S+) GiB of memory", heading)[1]), rel=0.12)

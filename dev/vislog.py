@@ -1,0 +1,214 @@
+"""
+Plots training runs: loss, learning rate and, where a run measured it, HellaSwag, from the main.log in output folders.
+
+    python dev/vislog.py RUN [RUN ...] -o run.png                a run is a folder, or a file such as RUN/main.log
+    python dev/vislog.py a=RUN b=RUN -o runs.svg --smooth 50     under other names, smoothed over 50 steps
+"""
+import argparse
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+# What OpenAI's checkpoints reach: validation loss on FineWeb and HellaSwag accuracy, as in llm.c's dev/vislog.ipynb.
+GPT2 = {"124M": (3.424958, 0.294463), "350M": (3.083089, 0.375224), "774M": (3.000580, 0.431986), "1558M": (2.831273, 0.488946)}
+COLORS = "#2563c9", "#d9662b", "#2a8f5f", "#8a4fbf", "#c2334d", "#7d6a1f", "#1f8a9c", "#5b5b5b"
+INK, FAINT, GRID = "#222222", "#767676", "#e6e6e6"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a log says
+
+
+def read_log(path):
+    """{"trl": {step: loss}, "lr", "norm", "tel", "eval"} of a main.log, and the number of lines that make no sense.
+
+    A step that was done twice, since the run was stopped in between, counts as it was done the last time.
+    """
+    streams, malformed = defaultdict(dict), 0
+    for line in Path(path).read_text(errors="replace").splitlines():
+        words = re.fullmatch(r"s:(\d+)((?: \w+:\S+)+)\s*", line)
+        try:
+            values = {name: float(value) for name, value in (word.split(":") for word in words[2].split())}
+        except (TypeError, ValueError):  # no match, not a number
+            values = {"": math.nan}
+        if all(map(math.isfinite, values.values())):
+            for name, value in values.items():
+                streams[name][int(words[1])] = value
+        else:
+            malformed += 1
+    return streams, malformed
+
+
+def find_runs(arguments):
+    """[(name, path of its log)] for folders and files, each optionally as NAME=PATH. ValueError where there is no log."""
+    runs = []
+    for argument in arguments:
+        name, _, path = argument.rpartition("=") if not Path(argument).exists() else ("", "", argument)
+        path = Path(path)
+        log = path / "main.log" if path.is_dir() else path
+        if not log.is_file():
+            raise ValueError(f"no {log}\n---> HINT: a run writes its log into the folder that -o names")
+        runs.append((name or (log.resolve().parent.name if log.name == "main.log" else log.stem), log))
+    return runs
+
+
+def smoothed(values, window):
+    """The mean of each value and those around it: `window` of them, fewer at both ends"""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    halves = (min(window // 2, i, len(values) - 1 - i) for i in range(len(values)))
+    return [(sums[i + half + 1] - sums[i - half]) / (2 * half + 1) for i, half in enumerate(halves)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the picture
+
+def spread(wanted, gap):
+    """Places as near as can be to those wanted, in order, with a gap between any two"""
+    groups = []  # (middle, indices): neighbours that would be too close share a group
+    for i in sorted(range(len(wanted)), key=wanted.__getitem__):
+        middle, group = wanted[i], [i]
+        while groups and middle - groups[-1][0] < gap * (len(group) + len(groups[-1][1])) / 2:
+            other, before = groups.pop()
+            middle = (other * len(before) + middle * len(group)) / (len(before) + len(group))
+            group = before + group
+        groups.append((middle, group))
+    places = {i: middle + gap * (k - (len(group) - 1) / 2) for middle, group in groups for k, i in enumerate(group)}
+    return [places[i] for i in range(len(wanted))]
+
+
+def label_ends(axes, labels, size=9):
+    """Names at the right, beside the ends of their lines. labels: (y, lines of text, color)"""
+    low, high = axes.get_ylim()
+    at = [min(max((y - low) / (high - low), 0), 1) for y, _, _ in labels]
+    height = axes.get_position().height * axes.figure.get_figheight() * 72
+    lines = max((len(text) for _, text, _ in labels), default=1)
+    for y, (_, text, color) in zip(spread(at, (1.25 * lines + 0.35) * size / height), labels):
+        axes.annotate("\n".join(text), (1, y), (8, 0), xycoords="axes fraction", textcoords="offset points", color=color,
+                      fontsize=size, va="center", linespacing=1.25, annotation_clip=False)
+
+
+def draw_references(axes, which):
+    """Dotted lines at the GPT-2 figures that lie in the picture. Their names are staggered, since two are close."""
+    low, high = axes.get_ylim()
+    seen = [(size, figures[which]) for size, figures in GPT2.items() if low <= figures[which] <= high]
+    for i, (size, value) in enumerate(seen):
+        above = size in ("124M", "350M")
+        axes.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        axes.annotate(f"GPT-2 {size}", (0.008 + 0.095 * i, value), (0, 2 if above else -2.5), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", color=FAINT, fontsize=7.5, va="bottom" if above else "top", zorder=1.6,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8})
+    return bool(seen)
+
+
+def style(axes, title, formatter):
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=FAINT, length=0, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.yaxis.set_major_formatter(formatter)
+
+
+def range_of_losses(runs):
+    """Where all losses are but the highest ones, the fall of the first steps, which says the least"""
+    losses = sorted(loss for _, streams in runs for name in ("trl", "tel") for loss in streams[name].values())
+    low, high = losses[0], losses[int(0.97 * (len(losses) - 1))]
+    margin = 0.06 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
+    """Write the picture of runs, [(name, streams)], in the format that the path's suffix names.
+
+    smooth: train losses are averaged over so many steps; otherwise over a fiftieth of the run.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
+
+    names = ["loss", "rate"] + ["eval"] * any(streams["eval"] for _, streams in runs)
+    longest = max(18, *(len(name) for name, _ in runs))
+    figure, panels = pyplot.subplots(len(names), 1, sharex=True, figsize=(10, 4.4 + 0.9 * len(names)), dpi=150, gridspec_kw={
+        "height_ratios": [3.4, 1, 1.2][:len(names)], "hspace": 0.42, "left": 0.06, "right": max(0.5, 0.975 - 0.0078 * longest),
+        "top": 0.88 if title else 0.93, "bottom": 0.075})
+    axes = dict(zip(names, panels))
+    low, high = range_of_losses(runs)
+    axes["loss"].set_ylim(low if loss_min is None else loss_min, high if loss_max is None else loss_max)
+    last = max(step for _, streams in runs for values in streams.values() for step in values)
+    axes["loss"].set_xlim(0, 1.006 * max(1, last))
+
+    ends = {name: [] for name in names}
+    for (name, streams), color in zip(runs, COLORS * len(runs)):
+        text = []
+        if streams["trl"]:
+            steps, losses = zip(*sorted(streams["trl"].items()))
+            mean = smoothed(losses, smooth or len(losses) // 50)
+            axes["loss"].plot(steps, losses, color=color, alpha=0.22, linewidth=0.7)
+            axes["loss"].plot(steps, mean, color=color, linewidth=1.5)
+            text.append(f"train {mean[-1]:.3f}")
+        if streams["tel"]:
+            steps, losses = zip(*sorted(streams["tel"].items()))
+            axes["loss"].plot(steps, losses, color=color, linewidth=0.9, linestyle=(0, (3, 1.5)), marker="o", markersize=3.4,
+                              markerfacecolor="white", markeredgewidth=1.1)
+            text.insert(0, f"val {losses[-1]:.3f}")
+        ends["loss"].append((losses[-1], [name, "  ".join(text)], color))
+        if streams["lr"]:
+            axes["rate"].plot(*zip(*sorted(streams["lr"].items())), color=color, linewidth=1.5)
+        if streams["eval"]:
+            steps, accuracies = zip(*sorted(streams["eval"].items()))
+            axes["eval"].plot(steps, accuracies, color=color, linewidth=1.2, marker="o", markersize=3)
+            ends["eval"].append((accuracies[-1], [f"{name} {100 * accuracies[-1]:.1f}%"], color))
+
+    keys = ["line: train", "circles: validation"] + ["dotted: OpenAI's models on FineWeb"] * draw_references(axes["loss"], 0)
+    style(axes["loss"], f"Loss ({', '.join(keys)})", FuncFormatter(lambda y, _: f"{y:g}"))
+    style(axes["rate"], "Learning rate", FuncFormatter(lambda y, _: re.sub(r"(\.0)?e-0?", "e-", f"{y:.1e}") if y else "0"))
+    axes["rate"].set_ylim(bottom=0)
+    axes["rate"].yaxis.set_major_locator(MaxNLocator(3))
+    if "eval" in axes:
+        style(axes["eval"], "HellaSwag accuracy", PercentFormatter(1, decimals=0))
+        draw_references(axes["eval"], 1)
+    for name in names:
+        label_ends(axes[name], ends[name])
+    panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[-1].set_xlabel("step", color=FAINT, fontsize=9, loc="right")
+    if title:
+        figure.suptitle(title, x=0.06, y=0.97, ha="left", fontsize=13, color=INK)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="vislog.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder or log, optionally as NAME=PATH")
+    parser.add_argument("-o", "--output", default="runs.png", help="the picture: .png, .svg or .pdf")
+    parser.add_argument("--smooth", type=int, help="steps that the train loss is averaged over (default: a fiftieth of the run)")
+    parser.add_argument("--loss_min", type=float, help="lower end of the loss axis")
+    parser.add_argument("--loss_max", type=float, help="upper end of the loss axis")
+    parser.add_argument("--title", help="above the picture")
+    flags = parser.parse_args(argv)
+    try:
+        runs = []
+        for name, path in find_runs(flags.runs):
+            streams, malformed = read_log(path)
+            if malformed:
+                print(f"{path}: {malformed} malformed line{'s' * (malformed > 1)} skipped")
+            if not streams["trl"] and not streams["tel"]:
+                raise ValueError(f"{path}: there is no step in it")
+            runs.append((name, streams))
+        plot(runs, flags.output, flags.smooth, flags.loss_min, flags.loss_max, flags.title)
+    except ImportError:
+        print("error: a plot needs matplotlib\n---> HINT: pip install matplotlib", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {flags.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
