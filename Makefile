@@ -4,7 +4,7 @@ RUN = .venv/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
 # from scratch: a small model, about four minutes on two cores
-SCRATCH = -e d6 -b 8 -t 64 -x 250 -l 1e-3 -v 25 -s 50
+SCRATCH = -e d6 -b 8 -t 64 -x 300 -l 1e-3 -u 20 -q 0.1 -v 50 -s 100
 
 .PHONY: train test test-full data lint bench clean
 
@@ -34,6 +34,9 @@ lint: .venv/test
 clean:  ## the environment and compiled kernels; data/ stays
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=--torch puts PyTorch beside them
+	$(RUN) -m dev.bench $(ARGS)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

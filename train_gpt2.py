@@ -108,7 +108,7 @@ def maximum(x):
 #   registers   micro() keeps MR x NR sums in vector registers during a whole loop over k: each step loads NR numbers
 #               of B and MR of A, and uses every one of them many times
 #   L1 cache    a panel of B, KC x NR, is packed: copied to where micro() reads it in order
-#   L2 cache    a block of A, MC x KC, is packed too, and multiplied with all panels of B before it is replaced
+#   L2, L3      a block of A, MC x KC, is packed too, and multiplied with all panels of B before it is replaced
 # Each sum adds its products in the order of k, however the output is cut into tiles: bits don't depend on threads.
 
 CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
@@ -117,7 +117,7 @@ MR = 4 if VL == 8 else 8           # there are 16 registers with AVX, 32 with AV
 NV = 3                             # vectors in a row of micro(): MR * NV sums, NV of B and one of A fill the registers
 NR = NV * VL                       # MR and NR divide all of GPT-2's sizes
 KC = 256 if VL <= 8 else 192       # the panel of B fills 3/4 of the L1 cache
-MC, NC = 256, 768                  # the largest tile
+MC, NC = 1024, 768                 # the largest tile: fewer rows would mean packing B more often
 PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
 STRIPS = PANEL_B + KC * NR         # offset of attention's strips
 
@@ -1910,9 +1910,12 @@ def require_memory(needed):
 
 def peak_memory():
     """The most memory that this process has held, in bytes"""
-    import resource  # there is none on Windows
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size << 10
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        import resource  # not on Windows either
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(argv=None):
