@@ -265,13 +265,21 @@ if numba.config.DISABLE_JIT:
 
 @inner
 def tile_shape(M, N, threads):
-    """Rows and columns of a tile, so that the threads have equally many tiles where that is possible"""
+    """Rows and columns of a tile, and how many tiles there are: as many for each thread, where that is possible"""
     down, across = (M + MC - 1) // MC, (N + NC - 1) // NC
-    most = max(1, N // (2 * NR))
-    while across < most and down * across % threads:
+    while down * across % threads and across < N // (2 * NR):
         across += 1
-    width = (N + across - 1) // across
-    return min(M, MC), (width + NR - 1) // NR * NR
+    rows, columns = min(M, MC), ((N + across - 1) // across + NR - 1) // NR * NR
+    return rows, columns, down * ((N + columns - 1) // columns)
+
+
+@inner
+def tile_bounds(tile, M, N, threads):
+    """A tile of an (M, N) output: its first and last row, its first and last column"""
+    rows, columns, _ = tile_shape(M, N, threads)
+    down = (M + rows - 1) // rows
+    i, j = tile % down * rows, tile // down * columns
+    return i, min(M, i + rows), j, min(N, j + columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,12 +399,10 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
                 if act.size:
                     act[0, o] = gelu(total)
         return
-    rows, columns = tile_shape(BT, OC, len(work))
-    down, across = (BT + rows - 1) // rows, (OC + columns - 1) // columns
-    for thread in prange(len(work)):
-        for tile in range(thread, down * across, len(work)):
-            i0, o0 = tile % down * rows, tile // down * columns
-            i1, o1 = min(BT, i0 + rows), min(OC, o0 + columns)
+    threads = len(work)
+    for thread in prange(threads):
+        for tile in range(thread, tile_shape(BT, OC, threads)[2], threads):
+            i0, i1, o0, o1 = tile_bounds(tile, BT, OC, threads)
             tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, work[thread])
             for i in range(i0, i1):
                 y = out[i, o0:o1]
@@ -420,19 +426,14 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
     # dout (B*T, OC), inp (B*T, C), weight (OC, C); dbias may be empty; add: whether dweight and dbias are added to
     BT, C = inp.shape
     OC = dout.shape[1]
-    rows, columns = tile_shape(BT, C, len(work))
-    down, across = (BT + rows - 1) // rows, (C + columns - 1) // columns
-    for thread in prange(len(work)):
-        for tile in range(thread, down * across, len(work)):
-            i0, j0 = tile % down * rows, tile // down * columns
-            i1, j1 = min(BT, i0 + rows), min(C, j0 + columns)
+    threads = len(work)
+    for thread in prange(threads):
+        for tile in range(thread, tile_shape(BT, C, threads)[2], threads):
+            i0, i1, j0, j1 = tile_bounds(tile, BT, C, threads)
             tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
-    rows, columns = tile_shape(OC, C, len(work))
-    down, across = (OC + rows - 1) // rows, (C + columns - 1) // columns
-    for thread in prange(len(work)):
-        for tile in range(thread, down * across, len(work)):
-            o0, j0 = tile % down * rows, tile // down * columns
-            o1, j1 = min(OC, o0 + rows), min(C, j0 + columns)
+    for thread in prange(threads):
+        for tile in range(thread, tile_shape(OC, C, threads)[2], threads):
+            o0, o1, j0, j1 = tile_bounds(tile, OC, C, threads)
             tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
             if dbias.size and j0 == 0:
                 db = dbias[o0:o1]
@@ -468,7 +469,7 @@ def sum_rows(dbias, dout, add):
 
 def blas_forward(out, act, inp, weight, bias, residual, work):
     np.matmul(inp, weight.T, out=out)
-    if bias.size:
+    if bias.size or residual.size or act.size:
         add_bias_residual_gelu(out, act, bias, residual)
 
 

@@ -1,0 +1,192 @@
+"""
+The order of batches against a shuffle written from the definition of MT19937; shards of any size; shards that are damaged.
+"""
+import itertools
+
+import numpy as np
+import pytest
+
+from train_gpt2 import DataLoader
+
+SHAKESPEARE = [408, 791, 914, 1057, 81, 450, 299, 907, 582, 321, 670, 134]  # FACTS of llm.c's order at B=4, T=64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is expected, written from the definitions
+
+def mt19937(seed):
+    """The generator of Matsumoto & Nishimura (1998), seeded with one 32-bit number"""
+    state = [seed]
+    for i in range(1, 624):
+        state.append((1812433253 * (state[-1] ^ state[-1] >> 30) + i) & 0xFFFFFFFF)
+    while True:
+        for i in range(624):
+            y = state[i] & 0x80000000 | state[(i + 1) % 624] & 0x7FFFFFFF
+            state[i] = state[(i + 397) % 624] ^ y >> 1 ^ (0x9908B0DF if y & 1 else 0)
+        for y in state:
+            y ^= y >> 11
+            y ^= y << 7 & 0x9D2C5680
+            y ^= y << 15 & 0xEFC60000
+            yield y ^ y >> 18
+
+
+def permute(items, random):
+    for i in range(len(items) - 1, 0, -1):
+        j = next(random) % (i + 1)
+        items[i], items[j] = items[j], items[i]
+    return items
+
+
+def shuffled(shard_tokens, batch_tokens):
+    """All (shard, sample) that a loader visits, epoch after epoch"""
+    random, shards = mt19937(42), list(range(len(shard_tokens)))
+    while True:
+        for shard in list(permute(shards, random)):
+            for sample in permute(list(range((2 * shard_tokens[shard] - 2) // (2 * batch_tokens))), random):
+                yield shard, sample
+
+
+def check(loader, shards, order):
+    """The loader's next batches are those of (shard, sample) in order. shards: their tokens"""
+    B, T = loader.B, loader.T
+    for shard, sample in order:
+        inputs, targets = loader.next_batch()
+        expected = shards[shard][sample * B * T:(sample + 1) * B * T + 1]
+        assert inputs.shape == targets.shape == (B, T) and inputs.dtype == targets.dtype == np.int32
+        assert (inputs.ravel() == expected[:-1]).all() and (targets.ravel() == expected[1:]).all(), (shard, sample)
+
+
+def test_mt19937():
+    assert list(itertools.islice(mt19937(42), 3)) == [1608637542, 3421126067, 4083286876]
+    assert list(itertools.islice(mt19937(5), 1500)) == np.random.RandomState(5).randint(0, 2**32, 1500, np.uint32).tolist()
+
+
+@pytest.fixture
+def write_shards(make_shard, tmp_path):
+    """write_shards(sizes): shards of so many random tokens; returns the glob pattern and the tokens"""
+    def write_shards(*sizes):
+        rng = np.random.default_rng(1)
+        shards = [rng.integers(0, 50257, size) for size in sizes]
+        for i, tokens in enumerate(shards):
+            make_shard(tmp_path / f"text_train_{i:06d}.bin", tokens)
+        return str(tmp_path / "text_train_*.bin"), shards
+    return write_shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the order
+
+def test_order_of_tiny_shakespeare(write_shards):
+    pattern, shards = write_shards(305_260)
+    order = list(itertools.islice(shuffled([305_260], 256), 2 * 1192 + 5))  # into the third epoch
+    assert [sample for _, sample in order[:12]] == SHAKESPEARE
+    assert sorted(order[:1192]) == sorted(order[1192:2384]) == [(0, sample) for sample in range(1192)]
+    check(DataLoader(pattern, 4, 64, should_shuffle=True), shards, order)
+
+
+@pytest.mark.parametrize("sizes", [(500, 500, 500), (500, 33, 1000, 257, 32, 0, 700, 64, 65)])  # 33 tokens make one batch
+def test_order_of_several_shards(write_shards, sizes):
+    pattern, shards = write_shards(*sizes)
+    epoch = sum(max(0, size - 1) // 32 for size in sizes)
+    order = list(itertools.islice(shuffled([max(1, size) for size in sizes], 32), 3 * epoch + 2))
+    assert len(set(order[:epoch])) == epoch and order[:epoch] != order[epoch:2 * epoch]
+    check(DataLoader(pattern, 2, 16, should_shuffle=True), shards, order)
+
+
+def test_validation_is_never_shuffled(write_shards):
+    pattern, shards = write_shards(300, 10, 200)
+    order = [(0, sample) for sample in range(9)] + [(2, sample) for sample in range(6)]
+    loader = DataLoader(pattern, 2, 16)
+    check(loader, shards, 2 * order + order[:4])
+    loader.reset()
+    check(loader, shards, order)
+
+
+def test_number_of_tokens(write_shards):
+    pattern, _ = write_shards(300, 10, 200)
+    assert DataLoader(pattern, 2, 16).num_tokens == 510
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_processes_take_their_parts_of_the_same_batch(write_shards, shuffle):
+    pattern, _ = write_shards(700, 40, 333)
+    whole = DataLoader(pattern, 4, 8, should_shuffle=shuffle)
+    parts = [DataLoader(pattern, 2, 8, rank, 2, should_shuffle=shuffle) for rank in (0, 1)]
+    for _ in range(50):
+        expected, batches = whole.next_batch(), [part.next_batch() for part in parts]
+        for i in 0, 1:  # inputs, targets
+            assert (np.concatenate([batch[i] for batch in batches]) == expected[i]).all()
+
+
+def test_shard_of_more_than_2_GiB(make_shard, tmp_path):
+    size, path, marks = (1 << 30) + 5000, tmp_path / "large.bin", np.arange(10_000, dtype=np.uint16)
+    make_shard(path, [], count=size)
+    try:
+        with open(path, "r+b") as file:  # a sparse file: it takes no room
+            file.seek(1024 + 2 * (size - len(marks)))
+            file.write(marks.tobytes())
+    except OSError as error:
+        pytest.skip(f"this file system has no sparse files: {error}")
+    B, T = 4, 1000
+    processes = (size - 1) // (B * T)  # so many that a batch of all is the whole shard: the last one reads its end
+    inputs, targets = DataLoader(str(path), B, T, processes - 1, processes).next_batch()
+    start = (processes - 1) * B * T - (size - len(marks))
+    assert (inputs.ravel() == marks[start:start + B * T]).all()
+    assert (targets.ravel() == marks[start + 1:start + B * T + 1]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+@pytest.mark.parametrize("damage, message", [
+    ({"magic": 20240326}, "magic"), ({"version": 2}, "version 2"), ({"count": 101}, "truncated"), ({"count": 99}, "too long"),
+    ({"count": -1}, "too long"),
+])
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_damaged_shards(make_shard, tmp_path, damage, message, neighbours):
+    for i in range(neighbours):
+        make_shard(tmp_path / f"{i}.bin", range(100))
+    make_shard(tmp_path / "damaged.bin", range(100), **damage)
+    with pytest.raises(ValueError, match=f"(?s)damaged.bin.*{message}"):
+        DataLoader(str(tmp_path / "*.bin"), 2, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"a text", bytes(1023)])
+def test_files_that_are_no_shards(tmp_path, content):
+    (tmp_path / "text.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"text\.bin"):
+        DataLoader(str(tmp_path / "text.bin"), 2, 8)
+
+
+def test_no_match(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing_\*\.bin(?s:.)*HINT"):
+        DataLoader(str(tmp_path / "missing_*.bin"), 2, 8)
+
+
+@pytest.mark.parametrize("sizes, processes", [((16,), 1), ((0, 16, 3), 1), ((32,), 2)])
+def test_too_few_tokens(write_shards, sizes, processes):
+    pattern, _ = write_shards(*sizes)
+    with pytest.raises(ValueError, match=f"{16 * processes + 1} tokens"):
+        DataLoader(pattern, 2, 8, 0, processes)
+
+
+@pytest.mark.parametrize("B, T", [(0, 8), (2, 0), (-1, 8), (2, -8)])
+def test_batches_of_nothing(write_shards, B, T):
+    with pytest.raises(ValueError):
+        DataLoader(write_shards(100)[0], B, T)
+
+
+def test_tokens_outside_the_vocabulary(make_shard, tmp_path):
+    tokens = np.arange(100) % 50
+    tokens[70] = 50
+    loader = DataLoader(make_shard(tmp_path / "shard.bin", tokens), 2, 8, vocab_size=50)
+    for _ in range(4):
+        loader.next_batch()
+    with pytest.raises(ValueError, match=r"shard\.bin: token 50 at position 70 "):
+        loader.next_batch()
+
+
+def test_a_target_outside_the_vocabulary(make_shard, tmp_path):
+    tokens = np.arange(17)
+    with pytest.raises(ValueError, match="token 16 at position 16"):
+        DataLoader(make_shard(tmp_path / "shard.bin", tokens), 2, 8, vocab_size=16).next_batch()

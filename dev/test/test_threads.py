@@ -1,0 +1,124 @@
+"""
+The same bits on any number of threads: kernel by kernel on shapes that are large enough to show a race, then a training run.
+"""
+import numba
+import numpy as np
+import pytest
+
+import train_gpt2 as t
+
+F32 = np.float32
+
+pytestmark = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 3, reason="NUMBA_NUM_THREADS is less than 3")
+
+
+@pytest.fixture
+def same_bits(rng):
+    """same_bits(call, *outputs): call(work) must leave the same outputs with 1, 2 and 3 threads, whenever it runs."""
+    def same_bits(call, *outputs):
+        before, results = [np.copy(x) for x in outputs], []
+        for threads in 1, 2, 3, 2, 3:
+            numba.set_num_threads(threads)
+            work = np.full(t.work_shape(t.GPT2Config(512, 1, 128, 1, 1, 1)), np.nan, F32)
+            for x, old in zip(outputs, before):
+                x[:] = old
+            call(work)
+            results.append(b"".join(x.tobytes() for x in outputs))
+        assert not np.isnan(outputs[0]).any()
+        assert all(result == results[0] for result in results), [result == results[0] for result in results]
+    return same_bits
+
+
+def zeros(*shape):
+    return np.zeros(shape, F32)
+
+
+@pytest.mark.parametrize("BT, C, OC", [(70, 256, 2500), (1030, 180, 333), (4, 768, 768)])
+def test_matmul(rng, same_bits, BT, C, OC):
+    inp, weight, bias, dout = (rng.standard_normal(shape, F32) for shape in ((BT, C), (OC, C), OC, (BT, OC)))
+    out, act = zeros(BT, OC), zeros(BT, OC)
+    same_bits(lambda work: t.matmul_forward(out, act, inp, weight, bias, dout, work), out, act)
+    dinp, dweight, dbias = zeros(BT, C), zeros(OC, C), zeros(OC)
+    for add in False, True:
+        same_bits(lambda work, add=add: t.matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work), dinp, dweight, dbias)
+
+
+@pytest.mark.parametrize("B, T, NH, hs", [(2, 512, 8, 64), (3, 200, 5, 20)])
+def test_attention(rng, same_bits, B, T, NH, hs):
+    qkv, dout = rng.standard_normal((B * T, 3 * NH * hs), F32), rng.standard_normal((B * T, NH * hs), F32)
+    out, lse, dqkv = zeros(B * T, NH * hs), zeros(B, NH, T), zeros(B * T, 3 * NH * hs)
+    same_bits(lambda work: t.attention_forward(out, lse, qkv, work), out, lse)
+    same_bits(lambda work: t.attention_backward(dqkv, dout, out, lse, qkv, work), dqkv)
+
+
+def test_layernorm(rng, same_bits):
+    BT, C = 4097, 1000
+    inp, dout = rng.standard_normal((BT, C), F32), rng.standard_normal((BT, C), F32)
+    weight, bias = rng.standard_normal(C, F32), rng.standard_normal(C, F32)
+    out, mean, rstd = zeros(BT, C), zeros(BT), zeros(BT)
+    same_bits(lambda work: t.layernorm_forward(out, mean, rstd, inp, weight, bias), out, mean, rstd)
+    dinp, dweight, dbias = zeros(BT, C), zeros(C), zeros(C)
+    for add in False, True:
+        same_bits(lambda work, add=add: t.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add),
+                  dinp, dweight, dbias)
+
+
+def test_encoder(rng, same_bits):
+    B, T, C = 16, 256, 1000
+    inp, dout = rng.integers(0, 5, (B, T), dtype=np.int32), rng.standard_normal((B * T, C), F32)
+    wte, wpe, out = rng.standard_normal((5, C), F32), rng.standard_normal((T, C), F32), zeros(B * T, C)
+    same_bits(lambda work: t.encoder_forward(out, inp, wte, wpe, 0), out)
+    same_bits(lambda work: t.encoder_backward(wte, wpe, dout, inp, True), wte, wpe)
+
+
+def test_classifier(rng, same_bits):
+    logits, losses, targets = rng.standard_normal((500, 5120), F32), zeros(500), rng.integers(0, 5100, 500, dtype=np.int32)
+    same_bits(lambda work: t.fused_classifier(logits, losses, targets, F32(0.1), 5100), logits, losses)
+
+
+def test_gelu_adamw_and_norm(rng, same_bits):
+    x, dx, out = (rng.standard_normal((1000, 3000), F32) for _ in range(3))
+    same_bits(lambda work: t.gelu_forward(out, x), out)
+    same_bits(lambda work: t.gelu_backward(dx, x), dx)
+    params, grads, m, v = x.ravel(), dx.ravel(), zeros(x.size), zeros(x.size)
+    numbers = [F32(n) for n in (1e-3, 0.9, 0.999, 10, 1000, 1e-8, 0.1, 1)]
+    same_bits(lambda work: t.adamw_update(params, grads, m, v, *numbers), params, m, v)
+    total = zeros(1).astype(np.float64)
+
+    def norm(work):
+        total[0] = t.sum_of_squares(grads).sum()
+    same_bits(norm, total)
+
+
+def test_normal_numbers(rng, same_bits):
+    out, u = zeros(1 << 20), rng.random(1 << 20, F32)
+    same_bits(lambda work: t.box_muller(out, u, F32(0.02)), out)
+
+
+TRAINING = """
+import sys
+from train_gpt2 import GPT2, GPT2Config, DataLoader
+model = GPT2(GPT2Config(150, 5000, 5120, 2, 3, 48))
+model.init_random()
+loader = DataLoader(sys.argv[1], 4, 150, should_shuffle=True)
+for step in range(3):
+    for micro_batch in range(2):
+        print(step, repr(model.forward(*loader.next_batch())))
+        model.backward()
+    print(step, repr(model.update(1e-3, weight_decay=0.1, grad_clip=1.0)))
+    print(step, repr(model.forward(*loader.next_batch(), train=False)))
+model.write_checkpoint(sys.argv[2])
+"""
+
+
+def test_training_is_identical(rng, make_shard, python, tmp_path):
+    shard, lines, checkpoints = make_shard(tmp_path / "shard.bin", rng.integers(0, 5000, 10_000)), [], []
+    counts = ["1", "2", "3"]
+    runs = [python("-c", TRAINING, shard, tmp_path / f"model{n}.bin", OMP_NUM_THREADS=n) for n in counts]
+    for n, run in zip(counts, runs):
+        out, err = run.communicate(timeout=300)
+        assert run.returncode == 0, err
+        lines.append(out)
+        checkpoints.append((tmp_path / f"model{n}.bin").read_bytes())
+    assert len(lines[0].splitlines()) == 12 and lines == [lines[0]] * 3
+    assert checkpoints == [checkpoints[0]] * 3
