@@ -119,7 +119,7 @@ def test_processes_take_their_parts_of_the_same_batch(write_shards, shuffle):
 
 
 def test_shard_of_more_than_2_GiB(make_shard, tmp_path):
-    size, path, marks = (1 << 30) + 5000, tmp_path / "large.bin", np.arange(10_000, dtype=np.uint16)
+    size, path, marks = (1 << 30) + 100_000, tmp_path / "large.bin", np.arange(10_000, dtype=np.uint16)
     make_shard(path, [], count=size)
     try:
         with open(path, "r+b") as file:  # a sparse file: it takes no room

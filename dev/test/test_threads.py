@@ -33,7 +33,7 @@ def zeros(*shape):
     return np.zeros(shape, F32)
 
 
-@pytest.mark.parametrize("BT, C, OC", [(70, 256, 2500), (1030, 180, 333), (4, 768, 768)])
+@pytest.mark.parametrize("BT, C, OC", [(70, 256, 2500), (1030, 180, 333), (4, 768, 768), (1, 768, 5000)])
 def test_matmul(rng, same_bits, BT, C, OC):
     inp, weight, bias, dout = (rng.standard_normal(shape, F32) for shape in ((BT, C), (OC, C), OC, (BT, OC)))
     out, act = zeros(BT, OC), zeros(BT, OC)
@@ -49,6 +49,8 @@ def test_attention(rng, same_bits, B, T, NH, hs):
     out, lse, dqkv = zeros(B * T, NH * hs), zeros(B, NH, T), zeros(B * T, 3 * NH * hs)
     same_bits(lambda work: t.attention_forward(out, lse, qkv, work), out, lse)
     same_bits(lambda work: t.attention_backward(dqkv, dout, out, lse, qkv, work), dqkv)
+    k, v, y = qkv[:T, :NH * hs].copy(), dout[:T], zeros(NH * hs)
+    same_bits(lambda work: t.attention_decode(y, qkv[-1], k, v, NH), y)
 
 
 def test_layernorm(rng, same_bits):
