@@ -4,7 +4,7 @@ RUN = .venv/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
 # from scratch: a small model, about four minutes on two cores
-SCRATCH = -e d6 -b 8 -t 64 -x 300 -l 1e-3 -u 20 -q 0.1 -v 50 -s 100
+SCRATCH = -e d6 -b 8 -t 64 -x 300 -l 1e-3 -u 20 -q 0.1 -v 50 -s 100 --top_k 40
 
 .PHONY: train test test-full data lint bench clean
 
