@@ -1341,16 +1341,15 @@ class Sampler:
         coin = self.coin()
         if self.temperature == 0:
             return int(logits.argmax())
-        probs = np.exp((logits - logits.max()) / np.float64(self.temperature))  # float32 sums would be off by a token
+        probs = np.exp((logits - logits.max()) / np.float32(self.temperature))
         if 0 < self.top_k < len(probs):
             probs[probs < np.partition(probs, -self.top_k)[-self.top_k]] = 0
-        probs /= probs.sum()
         if 0 < self.top_p < 1:
             order = np.argsort(-probs, kind="stable")
-            before = np.cumsum(probs[order]) - probs[order]
-            probs[order[before >= self.top_p]] = 0
-            probs /= probs.sum()
-        return min(int(np.searchsorted(np.cumsum(probs), coin, side="right")), int(np.flatnonzero(probs)[-1]))
+            before = np.cumsum(probs[order], dtype=np.float64) - probs[order]
+            probs[order[before >= self.top_p * probs.sum(dtype=np.float64)]] = 0
+        cdf = np.cumsum(probs, dtype=np.float64)  # sums in float32 would be off by a token now and then
+        return int(np.searchsorted(cdf, coin * cdf[-1], side="right"))
 
 
 def generate(model, sampler, prompt, count):

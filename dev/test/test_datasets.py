@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import data_common
@@ -358,14 +359,14 @@ def test_text_bad_input(tmp_path, name, content, problem):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_text_stopped_from_outside(tmp_path, how):
     """Ctrl-C leaves whole shards only; even after kill -9 no worker is left, and the next run makes the same bytes."""
-    (tmp_path / "long.txt").write_text(random_text(0, 2000) * 600)
+    (tmp_path / "long.txt").write_text(random_text(0, 2000) * 1200)
     args = [tmp_path / "long.txt", "--data_dir", tmp_path / "data", "--tokenizer", "bytes", "--workers", 2, "-s", 10**5]
     process = subprocess.Popen(command("text.py", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/")
-    for _ in range(8):  # the first shards
-        process.stdout.readline()
+    folder = tmp_path / "data" / "long"
+    while process.poll() is None and len(list(folder.glob("*_00000?.bin"))) < 4:  # the first of many shards
+        time.sleep(0.001)
     process.send_signal(how)
     _, errors = process.communicate(timeout=20)  # ends when the workers, who share the pipe, have ended, too
-    folder = tmp_path / "data" / "long"
     if how == signal.SIGINT:
         assert process.returncode == 1 and b"interrupted" in errors and b"Traceback" not in errors
         assert not list(folder.glob("*.tmp"))
