@@ -113,10 +113,9 @@ def maximum(x):
 
 CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
 VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  # floats in a vector register
-MR = 4 if VL == 8 else 8           # there are 16 registers with AVX, 32 with AVX-512 and NEON
-NV = 3                             # vectors in a row of micro(): MR * NV sums, NV of B and one of A fill the registers
-NR = NV * VL                       # MR and NR divide all of GPT-2's sizes
-KC = 256 if VL <= 8 else 192       # the panel of B fills 3/4 of the L1 cache
+MR, NV = (8, 2) if VL == 16 else (4, 3)  # MR * NV sums, NV vectors of B and one of A fit into the registers
+NR = NV * VL                       # divides GPT-2's sizes
+KC = 256                           # the panel of B fits into the L1 cache
 MC, NC = 1024, 768                 # the largest tile: fewer rows would mean packing B more often
 PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
 STRIPS = PANEL_B + KC * NR         # offset of attention's strips
@@ -144,6 +143,12 @@ def vector_store(builder, vector, pointer):
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4
 
 
+def prefetch_line(builder, pointer, write):
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32]),
+                                              "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(pointer, i8p)] + [ir.Constant(i32, x) for x in (write, 2 + write, 1)])
+
+
 def pick_lanes(builder, x, y, lanes):
     return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, len(lanes)), lanes))
 
@@ -160,12 +165,10 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
                                f32.as_pointer()) for r in range(MR)]
         vector = ir.VectorType(f32, VL)
         fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{VL}f32")
-        prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32]),
-                                                  "llvm.prefetch.p0")
         at = lambda p, n: builder.gep(p, [n if isinstance(n, ir.Value) else ir.Constant(i64, n)])
         for r in range(MR):  # the sums' places come from memory while they are computed
             for column in range(15, NR, 16):
-                builder.call(prefetch, [builder.bitcast(at(row[r], column), i8p)] + [ir.Constant(i32, x) for x in (1, 3, 1)])
+                prefetch_line(builder, at(row[r], column), 1)
         sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * VL)) for _ in range(NV)] for _ in range(MR)]
         with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 2)), intp=i64) as loop:
             ak, bk = (at(p, builder.mul(loop.index, ir.Constant(i64, 4 * width))) for p, width in ((a, MR), (b, NR)))
@@ -188,50 +191,76 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
 
 
 @intrinsic
-def copy4(typingctx, out, o, X, i, j):
-    """out[o:o+4] = X[i:i+4, j], where X's columns are contiguous"""
+def copy(typingctx, out, o, X, i, j):
+    """out[o:o+MR] = X[i:i+MR, j], where X's columns are contiguous"""
     def codegen(context, builder, sig, args):
         out, o, X, i, j = args
         x, _ = element_pointer(context, builder, sig.args[2], X, i, j)
         y, _ = element_pointer(context, builder, sig.args[0], out, o)
-        vector_store(builder, vector_load(builder, x, 4), y)
+        vector_store(builder, vector_load(builder, x, MR), y)
         return context.get_dummy_value()
     return types.void(out, types.intp, X, types.intp, types.intp), codegen
 
 
 @intrinsic
-def transpose4(typingctx, out, o, width, X, i, j):
-    """out[o + k*width + r] = X[i + r, j + k] for r, k < 4, where X's rows are contiguous"""
+def transpose(typingctx, out, o, width, X, i, j):
+    """out[o + k*width + r] = X[i + r, j + k] for r, k < MR, where X's rows are contiguous"""
     def codegen(context, builder, sig, args):
         out, o, width, X, i, j = args
         x, row_bytes = element_pointer(context, builder, sig.args[3], X, i, j)
         y, _ = element_pointer(context, builder, sig.args[0], out, o)
-        row = [vector_load(builder, builder.gep(builder.bitcast(x, i8p), [builder.mul(row_bytes, ir.Constant(i64, r))]), 4)
-               for r in range(4)]
-        pairs = [pick_lanes(builder, row[r], row[r + 2], lanes) for lanes in ((0, 4, 1, 5), (2, 6, 3, 7)) for r in (0, 1)]
-        columns = [pick_lanes(builder, pairs[p], pairs[p + 1], lanes) for p in (0, 2) for lanes in ((0, 4, 1, 5), (2, 6, 3, 7))]
-        for k in range(4):
-            vector_store(builder, columns[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
+        rows = [vector_load(builder, builder.gep(builder.bitcast(x, i8p), [builder.mul(row_bytes, ir.Constant(i64, r))]), MR)
+                for r in range(MR)]
+        mixed = [lane for i in range(MR) for lane in (i, i + MR)]  # lanes of two vectors in turns: x0 y0 x1 y1 …
+        for _ in range(MR.bit_length() - 1):  # the first vector with the middle one, and so on: the last time, columns come out
+            rows = [pick_lanes(builder, rows[i], rows[i + MR // 2], lanes) for i in range(MR // 2) for lanes in (mixed[:MR], mixed[MR:])]
+        for k in range(MR):
+            vector_store(builder, rows[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
         return context.get_dummy_value()
     return types.void(out, types.intp, types.intp, X, types.intp, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx, X, i, j):
+    """Have the cache line of X[i, j] come from memory while something else is computed"""
+    def codegen(context, builder, sig, args):
+        x, _ = element_pointer(context, builder, sig.args[0], *args)
+        prefetch_line(builder, x, 0)
+        return context.get_dummy_value()
+    return types.void(X, types.intp, types.intp), codegen
 
 
 @inner
 def pack(work, o, X, width):
     """work[o + k*width + r] = X[r, k], with zeros for r up to the panel's width and k up to a multiple of 4."""
     rows, depth = X.shape
-    done = depth // 4 * 4 if rows == width else 0
+    done = depth // MR * MR if rows == width else 0
     if X.strides[1] == 4:
-        for k in range(0, done, 4):
-            for r in range(0, width, 4):
-                transpose4(work, o + k * width + r, width, X, r, k)
+        for k0 in range(0, done, 16):  # a cache line of MR rows, then of the next: of more rows it may not stay in the cache
+            for r in range(0, width, MR):
+                for k in range(k0, min(done, k0 + 16), MR):
+                    transpose(work, o + k * width + r, width, X, r, k)
     else:
         for k in range(done):
-            for r in range(0, width, 4):
-                copy4(work, o + k * width + r, X, r, k)
+            for r in range(0, width, MR):
+                copy(work, o + k * width + r, X, r, k)
     for k in range(done, (depth + 3) // 4 * 4):
         for r in range(width):
             work[o + k * width + r] = X[r, k] if r < rows and k < depth else ZERO
+
+
+@inner
+def prefetch_part(X, part, parts):
+    """Have one of `parts` equal parts of X come from memory: of its rows or its columns, whatever is contiguous"""
+    rows, depth = X.shape
+    if X.strides[1] == 4:
+        for r in range(part * rows // parts, (part + 1) * rows // parts):
+            for k in range(0, depth, 16):
+                prefetch(X, r, k)
+    else:
+        for k in range(part * depth // parts, (part + 1) * depth // parts):
+            for r in range(0, rows, 16):
+                prefetch(X, r, k)
 
 
 @inner
@@ -248,7 +277,9 @@ def tile_product(C, A, B, add, work):
             pack(work, i * KC, A[i:i + MR, k0:k1], MR)
         for j in range(0, N, NR):
             pack(work, PANEL_B, B[k0:k1, j:j + NR].T, NR)
+            following = B[k0:k1, j + NR:j + 2 * NR].T
             for i in range(0, M, MR):
+                prefetch_part(following, i // MR, (M + MR - 1) // MR)
                 if i + MR <= M and j + NR <= N:
                     micro(C, i, j, work, i * KC, PANEL_B, depth, adding)
                 else:
@@ -519,7 +550,7 @@ def attention_forward(out, lse, qkv, work):
     scale = ONE / np.sqrt(np.float32(hs))
     strips = (T + STRIP - 1) // STRIP
     for thread in prange(len(work)):
-        scores = work[thread, STRIPS:STRIPS + STRIP * T].reshape((STRIP, T))
+        scores = work[thread, STRIPS:STRIPS + STRIP * (T + 16)].reshape((STRIP, T + 16))
         for item in range(thread, strips * B * NH, len(work)):
             b, h, t0 = item // NH % B, item % NH, (strips - 1 - item // (B * NH)) * STRIP
             t1 = min(T, t0 + STRIP)
@@ -582,8 +613,8 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
     hs = out.shape[1] // NH
     scale = ONE / np.sqrt(np.float32(hs))
     for thread in prange(len(work)):
-        probs = work[thread, STRIPS:STRIPS + STRIP * T].reshape((STRIP, T))
-        dprobs = work[thread, STRIPS + STRIP * T:STRIPS + 2 * STRIP * T].reshape((STRIP, T))
+        probs = work[thread, STRIPS:STRIPS + STRIP * (T + 16)].reshape((STRIP, T + 16))
+        dprobs = work[thread, STRIPS + STRIP * (T + 16):STRIPS + 2 * STRIP * (T + 16)].reshape((STRIP, T + 16))
         for head in range(thread, B * NH, len(work)):
             b, h = head // NH, head % NH
             q, k, v = heads(qkv, b, h, T, hs)
@@ -867,7 +898,7 @@ GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 20
 
 def work_shape(config):
     """(threads, floats): the kernels' scratch memory. Rows are a multiple of a cache line apart."""
-    return numba.get_num_threads(), STRIPS + 2 * STRIP * config.max_seq_len + 16
+    return numba.get_num_threads(), STRIPS + 2 * STRIP * (config.max_seq_len + 16)
 
 
 def memory_plan(config, B, T, recompute=1, train=True):
