@@ -116,7 +116,7 @@ VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  #
 MR, NV = (8, 2) if VL == 16 else (4, 3)  # MR * NV sums, NV vectors of B and one of A fit into the registers
 NR = NV * VL                       # divides GPT-2's sizes
 KC = 256                           # the panel of B fits into the L1 cache
-MC, NC = 1024, 768                 # the largest tile: fewer rows would mean packing B more often
+MC, NC = 512, 768                  # the largest tile: a block of A fills half of the L2 cache
 PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
 STRIPS = PANEL_B + KC * NR         # offset of attention's strips
 
