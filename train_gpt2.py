@@ -116,7 +116,7 @@ VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  #
 MR, NV = (8, 2) if VL == 16 else (4, 3)  # MR * NV sums, NV vectors of B and one of A fit into the registers
 NR = NV * VL                       # divides GPT-2's sizes
 KC = 256                           # the panel of B fits into the L1 cache
-MC, NC = 512, 768                  # the largest tile: a block of A fills half of the L2 cache
+MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
 PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
 STRIPS = PANEL_B + KC * NR         # offset of attention's strips
 
@@ -277,7 +277,7 @@ def tile_product(C, A, B, add, work):
             pack(work, i * KC, A[i:i + MR, k0:k1], MR)
         for j in range(0, N, NR):
             pack(work, PANEL_B, B[k0:k1, j:j + NR].T, NR)
-            following = B[k0:k1, j + NR:j + 2 * NR].T
+            following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + KC, :NR]).T
             for i in range(0, M, MR):
                 prefetch_part(following, i // MR, (M + MR - 1) // MR)
                 if i + MR <= M and j + NR <= N:
@@ -289,18 +289,33 @@ def tile_product(C, A, B, add, work):
                             C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
 
 
-if numba.config.DISABLE_JIT:
-    def tile_product(C, A, B, add, work):  # the same in NumPy, for a debugger: intrinsics need the compiler
+@intrinsic
+def take(typingctx, counter):
+    """counter[0], which becomes one more, in an atomic operation: no two threads get the same number.
+
+    Threads take their next piece of work with it, so that one that a neighbour slows down takes fewer.
+    """
+    def codegen(context, builder, sig, args):
+        pointer, _ = element_pointer(context, builder, sig.args[0], args[0], ir.Constant(i64, 0))
+        return builder.atomic_rmw("add", builder.bitcast(pointer, i64.as_pointer()), ir.Constant(i64, 1), "monotonic")
+    return types.intp(counter), codegen
+
+
+if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
+    def tile_product(C, A, B, add, work):
         C[:] = A @ B + C if add else A @ B
+
+    def take(counter):
+        counter[0] += 1
+        return counter[0] - 1
 
 
 @inner
 def tile_shape(M, N, threads):
-    """Rows and columns of a tile, and how many tiles there are: as many for each thread, where that is possible"""
-    down, across = (M + MC - 1) // MC, (N + NC - 1) // NC
-    while down * across % threads and across < N // (2 * NR):
-        across += 1
-    rows, columns = min(M, MC), ((N + across - 1) // across + NR - 1) // NR * NR
+    """Rows and columns of a tile, and how many there are: two or more for each thread, if that leaves them wide enough"""
+    rows = min(M, MC)
+    down = (M + rows - 1) // rows
+    columns = min(max(down * N // (2 * threads), NC // 2), NC) // NR * NR
     return rows, columns, down * ((N + columns - 1) // columns)
 
 
@@ -431,8 +446,10 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
                     act[0, o] = gelu(total)
         return
     threads = len(work)
+    tiles, counter = tile_shape(BT, OC, threads)[2], np.zeros(1, np.int64)
     for thread in prange(threads):
-        for tile in range(thread, tile_shape(BT, OC, threads)[2], threads):
+        tile = take(counter)
+        while tile < tiles:
             i0, i1, o0, o1 = tile_bounds(tile, BT, OC, threads)
             tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, work[thread])
             for i in range(i0, i1):
@@ -449,6 +466,7 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
                     a = act[i, o0:o1]
                     for o in range(y.size):
                         a[o] = gelu(y[o])
+            tile = take(counter)
 
 
 @kernel
@@ -458,12 +476,16 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
     BT, C = inp.shape
     OC = dout.shape[1]
     threads = len(work)
+    tiles, counter = tile_shape(BT, C, threads)[2], np.zeros(1, np.int64)
+    tiles2, counter2 = tile_shape(OC, C, threads)[2], np.zeros(1, np.int64)
     for thread in prange(threads):
-        for tile in range(thread, tile_shape(BT, C, threads)[2], threads):
+        tile = take(counter)
+        while tile < tiles:
             i0, i1, j0, j1 = tile_bounds(tile, BT, C, threads)
             tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
-    for thread in prange(threads):
-        for tile in range(thread, tile_shape(OC, C, threads)[2], threads):
+            tile = take(counter)
+        tile = take(counter2)
+        while tile < tiles2:
             o0, o1, j0, j1 = tile_bounds(tile, OC, C, threads)
             tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
             if dbias.size and j0 == 0:
@@ -474,6 +496,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
                     dy = dout[bt, o0:o1]
                     for o in range(db.size):
                         db[o] += dy[o]
+            tile = take(counter2)
 
 
 # The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
@@ -548,10 +571,11 @@ def attention_forward(out, lse, qkv, work):
     B, NH, T = lse.shape
     hs = out.shape[1] // NH
     scale = ONE / np.sqrt(np.float32(hs))
-    strips = (T + STRIP - 1) // STRIP
+    strips, counter = (T + STRIP - 1) // STRIP, np.zeros(1, np.int64)
     for thread in prange(len(work)):
         scores = work[thread, STRIPS:STRIPS + STRIP * (T + 16)].reshape((STRIP, T + 16))
-        for item in range(thread, strips * B * NH, len(work)):
+        item = take(counter)
+        while item < strips * B * NH:
             b, h, t0 = item // NH % B, item % NH, (strips - 1 - item // (B * NH)) * STRIP
             t1 = min(T, t0 + STRIP)
             q, k, v = heads(qkv, b, h, T, hs)
@@ -576,6 +600,7 @@ def attention_forward(out, lse, qkv, work):
             for t in range(t0, t1):
                 for i in range(hs):
                     y[t - t0, i] /= sums[t - t0]
+            item = take(counter)
 
 
 @kernel
@@ -611,11 +636,12 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
     # A thread owns whole heads: all strips add to the head's dk and dv.
     B, NH, T = lse.shape
     hs = out.shape[1] // NH
-    scale = ONE / np.sqrt(np.float32(hs))
+    scale, counter = ONE / np.sqrt(np.float32(hs)), np.zeros(1, np.int64)
     for thread in prange(len(work)):
         probs = work[thread, STRIPS:STRIPS + STRIP * (T + 16)].reshape((STRIP, T + 16))
         dprobs = work[thread, STRIPS + STRIP * (T + 16):STRIPS + 2 * STRIP * (T + 16)].reshape((STRIP, T + 16))
-        for head in range(thread, B * NH, len(work)):
+        head = take(counter)
+        while head < B * NH:
             b, h = head // NH, head % NH
             q, k, v = heads(qkv, b, h, T, hs)
             dq, dk, dv = heads(dqkv, b, h, T, hs)
@@ -644,6 +670,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
                     t3 = min(t1, t2 + MC)
                     tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, work[thread])
                     tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, work[thread])
+            head = take(counter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
