@@ -58,9 +58,8 @@ from numba.extending import intrinsic
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
 #
-# Kernels must give the same bits on any number of threads. So whatever is divided among threads is divided into pieces
-# whose size does not depend on their number, no two threads ever add to the same number, and sums over many rows
-# go through partial sums that are added up in a fixed order.
+# Kernels must give the same bits on any number of threads. So no two threads ever add to the same number, sums over many
+# rows go through partial sums of a fixed number of rows, added up in a fixed order, and a product's sums are never split.
 
 # `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}

@@ -248,6 +248,15 @@ def test_plain_python_agrees(tiny, python):
     assert len(numbers[0]) == 9 and numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=2e-5)
 
 
+@pytest.mark.skipif("+avx" not in t.CPU_FEATURES, reason="not a processor with AVX")
+@pytest.mark.parametrize("name, features", [("haswell", "+avx,+avx2,+fma"), ("x86-64", "+sse2")])
+def test_narrower_vectors(name, features, python):
+    """A processor with shorter vectors than this one's gets kernels of its own from the same code."""
+    run = python("test_gpt2.py", NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, out + err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
