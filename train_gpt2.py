@@ -58,8 +58,8 @@ from numba.extending import intrinsic
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
 #
-# Kernels must give the same bits on any number of threads. So no two threads ever add to the same number, sums over many
-# rows go through partial sums of a fixed number of rows, added up in a fixed order, and a product's sums are never split.
+# Kernels must give the same bits on any number of threads. So no two threads ever add to the same number, sums over
+# many rows go through partial sums that are added up in a fixed order, and a product's sums are never split.
 
 # `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
@@ -113,8 +113,8 @@ def maximum(x):
 CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
 VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  # floats in a vector register
 MR, NV = (8, 2) if VL == 16 else (4, 3)  # MR * NV sums, NV vectors of B and one of A fit into the registers
-NR = NV * VL                       # divides GPT-2's sizes
-KC = 256                           # the panel of B fits into the L1 cache
+NR = NV * VL                       # a multiple of MR, and a divisor of GPT-2's sizes
+KC = 256                           # the panel of B has 24 or 32 kB: about the L1 cache
 MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
 PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
 STRIPS = PANEL_B + KC * NR         # offset of attention's strips
@@ -142,6 +142,13 @@ def vector_store(builder, vector, pointer):
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4
 
 
+def row_pointers(builder, first, row_bytes):
+    """Pointers to MR rows that are row_bytes apart"""
+    first = builder.bitcast(first, i8p)
+    offsets = [builder.mul(row_bytes, ir.Constant(i64, r)) for r in range(MR)]
+    return [builder.bitcast(builder.gep(first, [offset]), f32.as_pointer()) for offset in offsets]
+
+
 def prefetch_line(builder, pointer, write):
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32]),
                                               "llvm.prefetch.p0")
@@ -160,8 +167,7 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
         c, row_bytes = element_pointer(context, builder, sig.args[0], C, i, j)
         a, _ = element_pointer(context, builder, sig.args[3], work, a)
         b, _ = element_pointer(context, builder, sig.args[3], work, b)
-        row = [builder.bitcast(builder.gep(builder.bitcast(c, i8p), [builder.mul(row_bytes, ir.Constant(i64, r))]),
-                               f32.as_pointer()) for r in range(MR)]
+        row = row_pointers(builder, c, row_bytes)
         vector = ir.VectorType(f32, VL)
         fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{VL}f32")
         at = lambda p, n: builder.gep(p, [n if isinstance(n, ir.Value) else ir.Constant(i64, n)])
@@ -208,11 +214,11 @@ def transpose(typingctx, out, o, width, X, i, j):
         out, o, width, X, i, j = args
         x, row_bytes = element_pointer(context, builder, sig.args[3], X, i, j)
         y, _ = element_pointer(context, builder, sig.args[0], out, o)
-        rows = [vector_load(builder, builder.gep(builder.bitcast(x, i8p), [builder.mul(row_bytes, ir.Constant(i64, r))]), MR)
-                for r in range(MR)]
-        mixed = [lane for i in range(MR) for lane in (i, i + MR)]  # lanes of two vectors in turns: x0 y0 x1 y1 …
-        for _ in range(MR.bit_length() - 1):  # the first vector with the middle one, and so on: the last time, columns come out
-            rows = [pick_lanes(builder, rows[i], rows[i + MR // 2], lanes) for i in range(MR // 2) for lanes in (mixed[:MR], mixed[MR:])]
+        rows = [vector_load(builder, row, MR) for row in row_pointers(builder, x, row_bytes)]
+        half, mixed = MR // 2, [lane for i in range(MR) for lane in (i, i + MR)]  # lanes of two vectors in turns: x0 y0 x1 …
+        for _ in range(MR.bit_length() - 1):  # row i with row i + half, log2(MR) times: then they are columns
+            rows = [pick_lanes(builder, rows[i], rows[i + half], lanes)
+                    for i in range(half) for lanes in (mixed[:MR], mixed[MR:])]
         for k in range(MR):
             vector_store(builder, rows[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
         return context.get_dummy_value()
@@ -235,7 +241,7 @@ def pack(work, o, X, width):
     rows, depth = X.shape
     done = depth // MR * MR if rows == width else 0
     if X.strides[1] == 4:
-        for k0 in range(0, done, 16):  # a cache line of MR rows, then of the next: of more rows it may not stay in the cache
+        for k0 in range(0, done, 16):  # whole cache lines, MR rows at a time: lines of more rows may drive each other out
             for r in range(0, width, MR):
                 for k in range(k0, min(done, k0 + 16), MR):
                     transpose(work, o + k * width + r, width, X, r, k)
@@ -311,7 +317,7 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
 
 @inner
 def tile_shape(M, N, threads):
-    """Rows and columns of a tile, and how many there are: two or more for each thread, if that leaves them wide enough"""
+    """Rows and columns of a tile, and how many there are: two or more for each thread, if they stay wide enough"""
     rows = min(M, MC)
     down = (M + rows - 1) // rows
     columns = min(max(down * N // (2 * threads), NC // 2), NC) // NR * NR
@@ -475,27 +481,26 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
     BT, C = inp.shape
     OC = dout.shape[1]
     threads = len(work)
-    tiles, counter = tile_shape(BT, C, threads)[2], np.zeros(1, np.int64)
-    tiles2, counter2 = tile_shape(OC, C, threads)[2], np.zeros(1, np.int64)
+    dinp_tiles, dweight_tiles = tile_shape(BT, C, threads)[2], tile_shape(OC, C, threads)[2]
+    counter = np.zeros(1, np.int64)
     for thread in prange(threads):
         tile = take(counter)
-        while tile < tiles:
-            i0, i1, j0, j1 = tile_bounds(tile, BT, C, threads)
-            tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
+        while tile < dinp_tiles + dweight_tiles:
+            if tile < dinp_tiles:
+                i0, i1, j0, j1 = tile_bounds(tile, BT, C, threads)
+                tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
+            else:
+                o0, o1, j0, j1 = tile_bounds(tile - dinp_tiles, OC, C, threads)
+                tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
+                if dbias.size and j0 == 0:
+                    db = dbias[o0:o1]
+                    if not add:
+                        db[:] = ZERO
+                    for bt in range(BT):
+                        dy = dout[bt, o0:o1]
+                        for o in range(db.size):
+                            db[o] += dy[o]
             tile = take(counter)
-        tile = take(counter2)
-        while tile < tiles2:
-            o0, o1, j0, j1 = tile_bounds(tile, OC, C, threads)
-            tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
-            if dbias.size and j0 == 0:
-                db = dbias[o0:o1]
-                if not add:
-                    db[:] = ZERO
-                for bt in range(BT):
-                    dy = dout[bt, o0:o1]
-                    for o in range(db.size):
-                        db[o] += dy[o]
-            tile = take(counter2)
 
 
 # The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
@@ -554,6 +559,14 @@ def choose_matmul(backend):
 # compute them again.
 
 STRIP = 128
+STRIP_GAP = 16  # floats between a strip's rows: at multiples of 4 kB, a column's cache lines would drive each other out
+
+
+@inner
+def strip(work, n, T):
+    """Number n of a thread's two strips in its scratch memory, (STRIP, T + STRIP_GAP)"""
+    size = STRIP * (T + STRIP_GAP)
+    return work[STRIPS + n * size:STRIPS + (n + 1) * size].reshape((STRIP, T + STRIP_GAP))
 
 
 @inner
@@ -572,7 +585,7 @@ def attention_forward(out, lse, qkv, work):
     scale = ONE / np.sqrt(np.float32(hs))
     strips, counter = (T + STRIP - 1) // STRIP, np.zeros(1, np.int64)
     for thread in prange(len(work)):
-        scores = work[thread, STRIPS:STRIPS + STRIP * (T + 16)].reshape((STRIP, T + 16))
+        scores = strip(work[thread], 0, T)
         item = take(counter)
         while item < strips * B * NH:
             b, h, t0 = item // NH % B, item % NH, (strips - 1 - item // (B * NH)) * STRIP
@@ -637,8 +650,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
     hs = out.shape[1] // NH
     scale, counter = ONE / np.sqrt(np.float32(hs)), np.zeros(1, np.int64)
     for thread in prange(len(work)):
-        probs = work[thread, STRIPS:STRIPS + STRIP * (T + 16)].reshape((STRIP, T + 16))
-        dprobs = work[thread, STRIPS + STRIP * (T + 16):STRIPS + 2 * STRIP * (T + 16)].reshape((STRIP, T + 16))
+        probs, dprobs = strip(work[thread], 0, T), strip(work[thread], 1, T)
         head = take(counter)
         while head < B * NH:
             b, h = head // NH, head % NH
@@ -924,7 +936,7 @@ GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 20
 
 def work_shape(config):
     """(threads, floats): the kernels' scratch memory. Rows are a multiple of a cache line apart."""
-    return numba.get_num_threads(), STRIPS + 2 * STRIP * (config.max_seq_len + 16)
+    return numba.get_num_threads(), STRIPS + 2 * STRIP * (config.max_seq_len + STRIP_GAP)
 
 
 def memory_plan(config, B, T, recompute=1, train=True):

@@ -249,12 +249,13 @@ def test_plain_python_agrees(tiny, python):
 
 
 @pytest.mark.skipif("+avx" not in t.CPU_FEATURES, reason="not a processor with AVX")
-@pytest.mark.parametrize("name, features", [("haswell", "+avx,+avx2,+fma"), ("x86-64", "+sse2")])
-def test_narrower_vectors(name, features, python):
+@pytest.mark.parametrize("name, features, VL", [("haswell", "+avx,+avx2,+fma", 8), ("x86-64", "+sse2", 4)])
+def test_narrower_vectors(name, features, VL, python):
     """A processor with shorter vectors than this one's gets kernels of its own from the same code."""
-    run = python("test_gpt2.py", NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
+    run = python("-c", "import sys, test_gpt2, train_gpt2; print('VL', train_gpt2.VL); sys.exit(test_gpt2.main(test_gpt2.TINY))",
+                 NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
     out, err = run.communicate(timeout=300)
-    assert run.returncode == 0, out + err
+    assert run.returncode == 0 and out.startswith(f"VL {VL}\n"), out + err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
