@@ -432,23 +432,51 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add)
 # ---------------------------------------------------------------------------------------------------------------------
 # matmul: the linear layer, out = inp @ weight.T + bias, where nearly all of the time goes
 
+@inner
+def finish_row(out, act, bias, residual, i, o0, o1):
+    # out[i, o0:o1] += bias + residual, act = gelu(out); each of the three may be empty, and is left out then
+    y = out[i, o0:o1]
+    if bias.size:
+        b = bias[o0:o1]
+        for o in range(y.size):
+            y[o] += b[o]
+    if residual.size:
+        r = residual[i, o0:o1]
+        for o in range(y.size):
+            y[o] += r[o]
+    if act.size:
+        a = act[i, o0:o1]
+        for o in range(y.size):
+            a[o] = gelu(y[o])
+
+
+@inner
+def sum_rows(dbias, dout, o0, o1, add):
+    # dbias[o0:o1] (+)= the sum of dout[:, o0:o1] over its rows
+    db = dbias[o0:o1]
+    if not add:
+        db[:] = ZERO
+    for bt in range(len(dout)):
+        dy = dout[bt, o0:o1]
+        for o in range(db.size):
+            db[o] += dy[o]
+
+
 @kernel
 def matmul_forward(out, act, inp, weight, bias, residual, work):
     # out (B*T, OC) = inp (B*T, C) @ weight (OC, C).T + bias (OC,) + residual (B*T, OC); act (B*T, OC) = gelu(out)
-    # bias, residual and act may be empty: then they are left out. What follows the product is done tile by tile,
-    # while the tile is in the cache. work (threads, scratch memory)
+    # bias, residual and act may be empty: then they are left out. work (threads, scratch memory)
     BT, OC = out.shape
     if BT == 1:  # a matrix times a vector: each weight is used once, so all that counts is to read them in order
         for block in prange((OC + 15) // 16):
-            for o in range(block * 16, min(OC, block * 16 + 16)):
+            o0, o1 = block * 16, min(OC, block * 16 + 16)
+            for o in range(o0, o1):
                 x, w = inp[0], weight[o]
                 total = ZERO
                 for i in range(x.size):
                     total += w[i] * x[i]
-                total += (bias[o] if bias.size else ZERO) + (residual[0, o] if residual.size else ZERO)
                 out[0, o] = total
-                if act.size:
-                    act[0, o] = gelu(total)
+            finish_row(out, act, bias, residual, 0, o0, o1)
         return
     threads = len(work)
     tiles, counter = tile_shape(BT, OC, threads)[2], np.zeros(1, np.int64)
@@ -457,20 +485,8 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
         while tile < tiles:
             i0, i1, o0, o1 = tile_bounds(tile, BT, OC, threads)
             tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, work[thread])
-            for i in range(i0, i1):
-                y = out[i, o0:o1]
-                if bias.size:
-                    b = bias[o0:o1]
-                    for o in range(y.size):
-                        y[o] += b[o]
-                if residual.size:
-                    r = residual[i, o0:o1]
-                    for o in range(y.size):
-                        y[o] += r[o]
-                if act.size:
-                    a = act[i, o0:o1]
-                    for o in range(y.size):
-                        a[o] = gelu(y[o])
+            for i in range(i0, i1):  # while the tile is in the cache
+                finish_row(out, act, bias, residual, i, o0, o1)
             tile = take(counter)
 
 
@@ -493,42 +509,27 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
                 o0, o1, j0, j1 = tile_bounds(tile - dinp_tiles, OC, C, threads)
                 tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
                 if dbias.size and j0 == 0:
-                    db = dbias[o0:o1]
-                    if not add:
-                        db[:] = ZERO
-                    for bt in range(BT):
-                        dy = dout[bt, o0:o1]
-                        for o in range(db.size):
-                            db[o] += dy[o]
+                    sum_rows(dbias, dout, o0, o1, add)
             tile = take(counter)
 
 
 # The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
 
 @kernel
-def add_bias_residual_gelu(out, act, bias, residual):
+def finish_rows(out, act, bias, residual):
     for bt in prange(len(out)):
-        for o in range(out.shape[1]):
-            out[bt, o] += (bias[o] if bias.size else ZERO) + (residual[bt, o] if residual.size else ZERO)
-            if act.size:
-                act[bt, o] = gelu(out[bt, o])
+        finish_row(out, act, bias, residual, bt, 0, out.shape[1])
 
 
 @kernel
-def sum_rows(dbias, dout, add):
+def bias_backward(dbias, dout, add):
     for block in prange((dbias.size + 63) // 64):
-        db = dbias[block * 64:block * 64 + 64]
-        if not add:
-            db[:] = ZERO
-        for bt in range(len(dout)):
-            for o in range(db.size):
-                db[o] += dout[bt, block * 64 + o]
+        sum_rows(dbias, dout, block * 64, min(dbias.size, block * 64 + 64), add)
 
 
 def blas_forward(out, act, inp, weight, bias, residual, work):
     np.matmul(inp, weight.T, out=out)
-    if bias.size or residual.size or act.size:
-        add_bias_residual_gelu(out, act, bias, residual)
+    finish_rows(out, act, bias, residual)
 
 
 def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
@@ -537,8 +538,7 @@ def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
         dweight += dout.T @ inp
     else:
         np.matmul(dout.T, inp, out=dweight)
-    if dbias.size:
-        sum_rows(dbias, dout, add)
+    bias_backward(dbias, dout, add)
 
 
 def choose_matmul(backend):
@@ -940,14 +940,13 @@ def work_shape(config):
 
 
 def memory_plan(config, B, T, recompute=1, train=True):
-    """The bytes that a run needs, before anything is allocated: {what: bytes}"""
+    """The bytes that a run needs besides those of Python, before anything is allocated: {what: bytes}"""
     copies = 4 if train else 1  # parameters, gradients, m, v
     return {
         "parameters": 4 * size_of(parameter_table(config)) * copies,
         "activations": 4 * size_of(activation_table(config, B, T, recompute, train)),
         "scratch": 4 * math.prod(work_shape(config)),
         "keys and values": 8 * config.num_layers * config.max_seq_len * config.channels,
-        "Python": 200 << 20,
     }
 
 
@@ -1521,7 +1520,7 @@ def remove_old_checkpoints(folder, keep, major_every):
                 sync_folder(folder)
 
 
-def write_run_checkpoint(folder, step, model, loader, sampler, detectors):
+def write_run_checkpoint(folder, step, model, loader, sampler, windows):
     done, model_path, state_path, run_path = checkpoint_files(folder, step)
     model.write_checkpoint(model_path)
     header = np.zeros(256, np.int32)
@@ -1531,12 +1530,12 @@ def write_run_checkpoint(folder, step, model, loader, sampler, detectors):
     header[30:34].view(np.uint64)[:] = loader.shard_index, loader.sample_index
     write_file(state_path, header, model.m.memory, model.v.memory, *loader.shuffle_state())
     run = {"tokens_per_batch": loader.B * loader.T, "shard_tokens": loader.shard_tokens,
-           "windows": [list(detector.window) for detector in detectors]}
+           "windows": [list(window) for window in windows]}
     write_file(run_path, np.frombuffer(json.dumps(run).encode(), np.uint8))
     write_file(done)
 
 
-def read_run_checkpoint(folder, step, model, loader, sampler, detectors):
+def read_run_checkpoint(folder, step, model, loader, sampler, windows):
     """Restore all that write_run_checkpoint saved but the weights. ValueError where it is damaged or does not fit."""
     _, _, state_path, run_path = checkpoint_files(folder, step)
     fit = "---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or start anew with -y 0"
@@ -1552,13 +1551,13 @@ def read_run_checkpoint(folder, step, model, loader, sampler, detectors):
             file.readinto(model.params.memory.view(np.uint8))
         shuffled = file.read()
     data = loader.B * loader.T, loader.shard_tokens
-    found, windows = data, []
+    found, values = data, []
     if os.path.exists(run_path):  # a checkpoint of llm.c has none
         try:
             with open(run_path) as file:
                 run = json.load(file)
             found = run["tokens_per_batch"], run["shard_tokens"]
-            windows = [[float(value) for value in window] for window in run["windows"]]
+            values = [[float(value) for value in window] for window in run["windows"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{run_path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds, the last "
                              "128 losses and gradient norms") from error
@@ -1569,38 +1568,28 @@ def read_run_checkpoint(folder, step, model, loader, sampler, detectors):
     if bool(header[5]) != (loader.random is not None) or not loader.restore(shard_index, sample_index, shuffled):
         raise ValueError(f"{state_path}: the order of its batches is not one of this data\n{fit}")
     sampler.state = int(header[20:22].view(np.uint64)[0])
-    for detector, window in zip(detectors, windows):
-        detector.window.extend(window)
+    for window, old in zip(windows, values):
+        window.extend(old)
 
 
-class Log:
-    """main.log in the output folder, in llm.c's format. Resumed, it goes on after the lines that the checkpoint knows."""
+def begin_log(folder, resume_step):
+    """Begin main.log, which is in llm.c's format. Of a run that is resumed, the lines stay that its checkpoint knows."""
+    path, lines = os.path.join(folder, "main.log"), []
 
-    def __init__(self, folder, resume_step):
-        self.path = os.path.join(folder, "main.log") if folder else None
-        if not folder:
-            return
-        lines = []
-        if resume_step is not None and os.path.exists(self.path):
-            with open(self.path) as file:
-                lines = [line for line in file if self.known(line, resume_step)]
-        write_file(self.path, np.frombuffer("".join(lines).encode(), np.uint8))
-
-    @staticmethod
-    def known(line, resume_step):
-        """Was a line written before the checkpoint was? At its step validation comes before it, training after."""
+    def known(line):  # at the checkpoint's step, validation came before it, training after
         match = re.match(r"s:(\d+) (\w+):.*\n", line)
         return match and (int(match[1]), match[2] == "trl") < (resume_step, True)
+    if resume_step is not None and os.path.exists(path):
+        with open(path) as file:
+            lines = filter(known, file.readlines())
+    write_file(path, np.frombuffer("".join(lines).encode(), np.uint8))
 
-    def write(self, line):
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(line + "\n")
 
-    def sync(self):
-        """Make sure that the disk has what was written"""
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
+def write_log(folder, line):
+    """Add a line to the folder's main.log."""
+    if folder:
+        with open(os.path.join(folder, "main.log"), "a") as file:
+            file.write(line + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1611,8 +1600,11 @@ def parse_flags(argv):
         prog="train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
         description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 means off wherever one says `every`.")
 
-    def flag(names, default, text, kind=None, **more):
-        parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
+    ranges = {}
+
+    def flag(names, default, text, kind=None, least=0, below=math.inf, **more):
+        action = parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
+        ranges[action.dest] = least, below
     parser.add_argument("--help", action="help", help="show this help")
     # data and model
     flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
@@ -1625,18 +1617,18 @@ def parse_flags(argv):
     flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
     flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
     # batch
-    flag("-b --batch_size", 4, "sequences in a micro-batch")
-    flag("-t --sequence_length", 64, "tokens in a sequence")
+    flag("-b --batch_size", 4, "sequences in a micro-batch", least=1)
+    flag("-t --sequence_length", 64, "tokens in a sequence", least=1)
     flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t means gradient accumulation", int)
     # optimisation
-    flag("-x --num_iterations", 40, "steps, -1 = one epoch")
+    flag("-x --num_iterations", 40, "steps, -1 = one epoch", least=-1)
     flag("-k --lr_scheduler", "cosine", "learning rate schedule", choices=("cosine", "linear", "constant", "wsd"))
     flag("-l --learning_rate", 1e-4, "the highest learning rate")
     flag("-u --warmup_iters", 0, "steps in which the learning rate rises to it")
     flag("-q --learning_rate_decay_frac", 1.0, "the final learning rate, as a fraction of it")
     flag("-c --weight_decay", 0.0, "AdamW's weight decay, on matrices only")
-    flag("--beta1", 0.9, "AdamW's decay of the first moment")
-    flag("--beta2", 0.999, "AdamW's decay of the second moment")
+    flag("--beta1", 0.9, "AdamW's decay of the first moment", below=1)
+    flag("--beta2", 0.999, "AdamW's decay of the second moment", below=1)
     flag("--eps", 1e-8, "AdamW's epsilon")
     flag("--grad_clip", 0.0, "scale gradients down to this global norm, 0 = never")
     flag("-sl --skip_update_lossz", 0.0, "skip an update whose loss is so many standard deviations too high, 0 = never")
@@ -1645,9 +1637,9 @@ def parse_flags(argv):
     flag("-r --recompute", 1, "activations that the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
     # once in a while
     flag("-v --val_loss_every", 10, "estimate the validation loss every so many steps")
-    flag("-m --val_max_steps", 5, "batches of such an estimate, -1 = all")
+    flag("-m --val_max_steps", 5, "batches of such an estimate, -1 = all", least=-1)
     flag("-s --sample_every", 20, "write a text every so many steps")
-    flag("-g --gen_tokens", 64, "tokens of such a text")
+    flag("-g --gen_tokens", 64, "tokens of such a text", least=1)
     flag("--prompt", "", "how the text begins")
     flag("--temperature", 1.0, "below 1 likely tokens become more likely, 0 = always the most likely one")
     flag("--top_k", 0, "draw from the k most likely tokens, 0 = all")
@@ -1664,32 +1656,21 @@ def parse_flags(argv):
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     flags.ignored = [name for name in ignored if hasattr(flags, name.strip("-"))]
-    return flags
-
-
-def check_flags(flags):
-    """ValueError for values that make no sense; fills in the total batch size and the micro-batches of a step."""
-    for name in ("batch_size", "sequence_length", "gen_tokens"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(flags, name)}")
-    for name in ("checkpoint_every", "checkpoints_keep", "major_checkpoint_every", "val_loss_every", "sample_every",
-                 "warmup_iters", "learning_rate", "learning_rate_decay_frac", "weight_decay", "eps", "grad_clip",
-                 "skip_update_lossz", "skip_update_gradz", "eval_examples"):
-        if not 0 <= getattr(flags, name) < math.inf:
-            raise ValueError(f"--{name} must not be {getattr(flags, name)}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(flags, name) < 1:
-            raise ValueError(f"--{name} must lie between 0 and 1, not be {getattr(flags, name)}")
-    if flags.num_iterations < -1 or flags.val_max_steps < -1 or flags.val_max_steps == 0:
-        raise ValueError("-x and -m are numbers of steps, or -1")
+    for name, (least, below) in ranges.items():
+        value = getattr(flags, name)
+        if isinstance(value, (int, float)) and not least <= value < below:
+            raise ValueError(f"--{name} must lie in [{least}, {below}), not be {value}")
+    if flags.val_max_steps == 0:
+        raise ValueError("-m 0 leaves nothing to estimate\n---> HINT: -v 0 turns validation off")
     if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
         raise ValueError("checkpoints need a folder\n---> HINT: name one with -o")
     tokens = flags.batch_size * flags.sequence_length
     flags.total_batch_size = flags.total_batch_size or tokens
     flags.micro_batches = flags.total_batch_size // tokens
-    if flags.total_batch_size < 1 or flags.total_batch_size % tokens:
+    if flags.total_batch_size % tokens:
         raise ValueError(f"a total batch of {flags.total_batch_size:,} tokens is not a multiple of the {tokens:,} of a "
                          f"micro-batch\n---> HINT: use -d {max(1, round(flags.total_batch_size / tokens)) * tokens}")
+    return flags
 
 
 def scheduled_learning_rate(flags, step, steps):
@@ -1707,20 +1688,13 @@ def scheduled_learning_rate(flags, step, steps):
     return lowest + remaining[flags.lr_scheduler] * (highest - lowest)
 
 
-class OutlierDetector:
-    """How many standard deviations a value is above the mean of the last 128 (itself included)"""
-
-    def __init__(self):
-        self.window = deque(maxlen=128)
-
-    def score(self, value):
-        """NaN until the window is full"""
-        full = len(self.window) == self.window.maxlen
-        self.window.append(value)
-        if not full:
-            return math.nan
-        std = float(np.std(self.window))
-        return (value - float(np.mean(self.window))) / std if std > 0 else 0.0
+def z_score(value, window):
+    """How many standard deviations a value is above the mean of the last 128, which the window becomes, itself included.
+    NaN until the window is full."""
+    full = len(window) == window.maxlen
+    window.append(value)
+    std = float(np.std(window))
+    return math.nan if not full else (value - float(np.mean(window))) / std if std > 0 else 0.0
 
 
 @kernel
@@ -1808,17 +1782,17 @@ def open_output(flags, resume_step):
         remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
 
 
-def save(flags, step, model, loader, sampler, detectors, log):
+def save(flags, step, model, loader, sampler, windows):
     """Write a checkpoint; when it is complete, remove those that are too old."""
     start = time.perf_counter()
-    log.sync()
-    write_run_checkpoint(flags.output_dir, step, model, loader, sampler, detectors)
+    with open(os.path.join(flags.output_dir, "main.log"), "a") as log:
+        os.fsync(log.fileno())  # the checkpoint's lines, before it
+    write_run_checkpoint(flags.output_dir, step, model, loader, sampler, windows)
     remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
     print(f"checkpoint of step {step} written to {flags.output_dir} (took {time.perf_counter() - start:.1f} s)", flush=True)
 
 
 def train(flags):
-    check_flags(flags)
     B, T = flags.batch_size, flags.sequence_length
     print(f"llm.numba: Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}")
     threads = numba.get_num_threads()  # starts them, which settles the threading layer
@@ -1830,8 +1804,6 @@ def train(flags):
     name = flags.model if resume_step is None else checkpoint_files(flags.output_dir, resume_step)[1]
     config = model_config(name)
     plan = memory_plan(config, B, T, flags.recompute)
-    print("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in plan.items())
-          + f" = {sum(plan.values()) / 2**20:,.0f} MiB")
     require_memory(sum(plan.values()))
     val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
     train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=not flags.overfit_single_batch, vocab_size=config.vocab_size)
@@ -1840,6 +1812,9 @@ def train(flags):
     if flags.output_dir:
         open_output(flags, resume_step)
     compile_kernels()
+    plan["Python and kernels"] = peak_memory()
+    print("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in plan.items())
+          + f" = {sum(plan.values()) / 2**20:,.0f} MiB")
 
     model = GPT2.build(name)
     model.recompute = flags.recompute
@@ -1859,13 +1834,13 @@ def train(flags):
     if tokenizer.tokens is None and flags.sample_every:
         print("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n---> HINT: `make data` writes it")
     prompt = prompt or [min(tokenizer.eot_token, config.vocab_size - 1)]  # a text begins after the end of another
-    loss_detector, norm_detector = detectors = OutlierDetector(), OutlierDetector()
-    first_step = 0
+    windows = deque(maxlen=128), deque(maxlen=128)  # the last losses and gradient norms
     if resume_step is not None:
-        read_run_checkpoint(flags.output_dir, resume_step, model, train_loader, sampler, detectors)
-        first_step = resume_step
+        read_run_checkpoint(flags.output_dir, resume_step, model, train_loader, sampler, windows)
         print(f"resuming from step {resume_step}")
-    log = Log(flags.output_dir, resume_step)
+    if flags.output_dir:
+        begin_log(flags.output_dir, resume_step)
+    first_step = resume_step or 0
     flops = flags.total_batch_size * (6 * model.num_parameters + 6 * config.num_layers * config.channels * T)
     peak = measure_peak(model.work)
     times, loss, val_loss, run_start = [], math.nan, math.nan, time.perf_counter()
@@ -1881,11 +1856,11 @@ def train(flags):
         if flags.val_loss_every and (step % flags.val_loss_every == 0 or last_step) and not resumed:
             val_loss = validate(model, val_loader, val_batches)
             print(f"val loss {val_loss:f} | perplexity {math.exp(min(val_loss, 700)):.2f}", flush=True)
-            log.write(f"s:{step} tel:{val_loss:.4f}")
+            write_log(flags.output_dir, f"s:{step} tel:{val_loss:.4f}")
             if flags.hellaswag_eval:
                 correct, accuracy, error = score(model, examples)
                 print(f"HellaSwag: {correct}/{len(examples)} = {accuracy:f} | standard error {error:f}", flush=True)
-                log.write(f"s:{step} eval:{accuracy:.4f}")
+                write_log(flags.output_dir, f"s:{step} eval:{accuracy:.4f}")
 
         # once in a while draw a text from the model
         if flags.sample_every and (step and step % flags.sample_every == 0 or last_step) and not resumed:
@@ -1894,7 +1869,7 @@ def train(flags):
         # once in a while write a checkpoint
         due = flags.checkpoint_every and (step and step % flags.checkpoint_every == 0 or last_step)
         if flags.output_dir and (due or stop.requested) and not resumed:
-            save(flags, step, model, train_loader, sampler, detectors, log)
+            save(flags, step, model, train_loader, sampler, windows)
         if last_step or stop.requested:
             break
 
@@ -1911,7 +1886,7 @@ def train(flags):
             raise ValueError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged\n"
                              "---> HINT: use a smaller learning rate (-l), or --grad_clip 1")
         learning_rate = scheduled_learning_rate(flags, step, steps)
-        loss_score, norm_score = loss_detector.score(loss), norm_detector.score(norm)
+        loss_score, norm_score = map(z_score, (loss, norm), windows)
         skip = 0 < flags.skip_update_lossz < loss_score or 0 < flags.skip_update_gradz < norm_score
         if not skip:
             model.updates = step
@@ -1925,7 +1900,7 @@ def train(flags):
               f"| {100 * flops / seconds / peak:.1f}% MFU | {flags.total_batch_size / seconds:.0f} tok/s"
               + (f" | {duration(left)} left" if left > 60 else "")
               + (f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}" if skip else ""), flush=True)
-        log.write(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
+        write_log(flags.output_dir, f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
 
     if times:
         mean = sum(times) / len(times)

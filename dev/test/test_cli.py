@@ -48,7 +48,7 @@ def test_lines_of_a_run(cli):
     status, out, err = cli("-x 2 -v 1 -s 2 -g 5 -l 3e-3")
     assert status == 0 and err == ""
     expected = [
-        r"llm\.numba: .*", r"threads: .*", r"memory: .*", r"kernels: ready after .*", r"\[GPT-2\]", r"max_seq_len: 64",
+        r"llm\.numba: .*", r"threads: .*", r"kernels: ready after .*", r"memory: .*", r"\[GPT-2\]", r"max_seq_len: 64",
         r"vocab_size: 300", r"padded_vocab_size: 384", r"num_layers: 2", r"num_heads: 2", r"channels: 32",
         r"num_parameters: 39808", r"train dataset num_batches: 62", r"val dataset num_batches: 62",
         rf"num_activations: {COUNT}", rf"val loss {FLOAT}.*", STEP.pattern + ".*", rf"val loss {FLOAT}.*",
@@ -120,6 +120,14 @@ def test_interrupt_stops_after_the_step(python, tiny, text):
     steps = STEP.findall("".join(lines) + out)
     assert "\nstopping" in out and [int(step) for step, *_ in steps] == list(range(len(steps)))
     assert re.search(rf"^steps: {len(steps)}\ntokens: {16 * len(steps)}\n(.*\n)*peak memory: .*\n\Z", out, re.MULTILINE)
+
+
+def test_memory_estimate(python, text):
+    flags = f"-e d6 -i {text} -j {text} -b 4 -t 32 -x 1 -v 1 -s 1 -g 4".split()
+    out, err = python("train_gpt2.py", *flags, OMP_NUM_THREADS="1").communicate(timeout=300)
+    estimate, peak = (int(re.search(rf"{words} ([\d,]+) MiB$", out, re.MULTILINE)[1].replace(",", ""))
+                      for words in ("^memory: .* =", "^peak memory:"))
+    assert 0.95 < estimate / peak < 1.05 and peak > 500, out + err
 
 
 def test_help(capsys):

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import struct
+from collections import deque
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import train_gpt2
-from train_gpt2 import GPT2, DataLoader, OutlierDetector, scheduled_learning_rate
+from train_gpt2 import GPT2, DataLoader, scheduled_learning_rate, z_score
 
 resource = pytest.importorskip("resource", reason="Unix only, as are the signals")
 SHARDS = 300, 100, 10, 170  # tokens; the third is too short for a batch
@@ -223,7 +224,7 @@ def interrupt(patch, number, owner, name, call, times=1):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("owner, name, call, step", [
     (GPT2, "backward", 8, 4), (GPT2, "backward", 1, 1), (train_gpt2, "validate", 2, 5), (train_gpt2, "print_sample", 1, 3),
-    (train_gpt2, "write_file", 2, 4), (train_gpt2.Log, "write", 1, 0), (GPT2, "backward", 24, 12),
+    (train_gpt2, "write_file", 2, 4), (train_gpt2, "write_log", 1, 0), (GPT2, "backward", 24, 12),
 ])
 def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owner, name, call, step):
     run = "-x 12 -v 5 -s 3 -g 3 -d 32 -n 4"
@@ -702,18 +703,18 @@ def test_schedule_in_the_log(train, out):
     assert rates == [f"{learning_rate('linear', 1e-2, 0.1, 3, 10, s):.6f}" for s in range(10)]
 
 
-def test_outlier_detector(rng):
+def test_z_score(rng):
     values = rng.normal(3, 0.5, 400).tolist()
     values[200], values[350] = 30.0, -7.0
-    detector = OutlierDetector()
-    scores = [detector.score(value) for value in values]
+    window = deque(maxlen=128)
+    scores = [z_score(value, window) for value in values]
     assert all(map(math.isnan, scores[:128])) and len(scores) == 400
     for i in range(128, 400):
-        window = values[i - 127:i + 1]
-        assert scores[i] == pytest.approx((values[i] - fmean(window)) / pstdev(window), rel=1e-9)
+        last = values[i - 127:i + 1]
+        assert scores[i] == pytest.approx((values[i] - fmean(last)) / pstdev(last), rel=1e-9)
     assert scores[200] > 10 and scores[350] < -9
-    same = OutlierDetector()
-    assert [same.score(2.5) for _ in range(130)][128:] == [0, 0]
+    same = deque(maxlen=128)
+    assert [z_score(2.5, same) for _ in range(130)][128:] == [0, 0]
 
 
 def test_skipped_updates_leave_the_weights(train, out, tiny):
@@ -739,7 +740,6 @@ LLMC_GPT3 = "-k cosine -ge 1 -nk 5 -nm 50000 -sl 7.0 -sg 7.0 -x 572204 -e gpt3:c
 
 def test_arguments_of_llmc():
     flags = train_gpt2.parse_flags(LLMC.split())
-    train_gpt2.check_flags(flags)
     assert (flags.micro_batches, flags.warmup_iters, flags.model, flags.resume) == (8, 700, "d12", 1)
     assert (flags.learning_rate, flags.learning_rate_decay_frac, flags.weight_decay) == (0.0006, 0, 0.1)
     flags = train_gpt2.parse_flags(LLMC_GPT3.split())
