@@ -539,6 +539,7 @@ class ShardWriter:
         self.folder, self.name, self.split = Path(folder), name, split
         self.numbered, self.shard_size = shard_size is not None, shard_size or 2**31 - 1
         self.file, self.shards, self.count = None, 0, 0  # the open shard, complete ones, tokens in the open one
+        self.temporary = None  # the open shard's path
 
     def path(self, index):
         split = self.split or ("train" if index else "val")
@@ -577,8 +578,9 @@ class ShardWriter:
         """Drop the shard that is not complete."""
         if self.file is not None:
             self.file.close()
+        if self.temporary is not None:  # even where Ctrl-C came just after the file was made
             self.temporary.unlink(missing_ok=True)
-            self.file, self.count = None, 0
+        self.file, self.count = None, 0
 
     def remove_shards(self):
         """Remove the shards of an earlier run with this name, so that old and new ones never mix."""

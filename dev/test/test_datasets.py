@@ -155,6 +155,19 @@ def test_shard_writer_without_numbers(tmp_path):
         ShardWriter(tmp_path, "x", "train", 2**31)
 
 
+def test_shard_that_is_interrupted_as_it_begins(tmp_path, monkeypatch):
+    def interrupted(path, mode):
+        open(path, mode).close()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data_common, "open", interrupted, raising=False)
+    writer = ShardWriter(tmp_path, "x", "train")
+    with pytest.raises(KeyboardInterrupt):
+        next(writer.write(np.arange(3, dtype=np.uint16)))
+    assert os.listdir(tmp_path) == ["x_train.bin.tmp"]
+    writer.discard()
+    assert not os.listdir(tmp_path)
+
+
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Tokenise 40 documents into small shards; `stop_at` interrupts it after that many of them."""
