@@ -112,9 +112,10 @@ def maximum(x):
 
 CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
 VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  # floats in a vector register
-MR, NV = (8, 2) if VL == 16 else (4, 3)  # MR * NV sums, NV vectors of B and one of A fit into the registers
+# MR * NV sums, NV vectors of B and one of A fit into the registers: AVX-512 and ARM's NEON have 32, the others 16.
+MR, NV = (8, 2) if VL == 16 else (4, 4) if platform.machine().lower() in ("arm64", "aarch64") else (4, 3)
 NR = NV * VL                       # a multiple of MR, and a divisor of GPT-2's sizes
-KC = 256                           # the panel of B has 24 or 32 kB: about the L1 cache
+KC = 256                           # the panel of B has 12 to 32 kB: it stays in the L1 cache
 MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
 PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
 STRIPS = PANEL_B + KC * NR         # offset of attention's strips
@@ -268,9 +269,15 @@ def prefetch_part(X, part, parts):
                 prefetch(X, r, k)
 
 
+SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see tile_product
+
+
 @inner
-def tile_product(C, A, B, add, work):
-    """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; work is scratch memory."""
+def tile_product(C, A, B, add, work, triangle=0, d=0):
+    """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; work is scratch memory.
+
+    triangle: SCORES = nobody needs C[r, c] with c > r + d; LOWER, UPPER = A[r, k] is 0 where k > r + d, k < r + d.
+    """
     M, N = C.shape
     K = A.shape[1]
     edge = np.empty((MR, NR), np.float32)  # takes the sums where the tile ends inside a panel
@@ -285,10 +292,18 @@ def tile_product(C, A, B, add, work):
             following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + KC, :NR]).T
             for i in range(0, M, MR):
                 prefetch_part(following, i // MR, (M + MR - 1) // MR)
+                begin, end = 0, depth
+                if triangle == SCORES and j > i + MR - 1 + d:
+                    continue
+                elif triangle == LOWER:
+                    end = max(0, min(depth, (i + MR + d - k0 + 3) // 4 * 4))
+                elif triangle == UPPER:
+                    begin = max(0, min(depth, (i + d - k0) // 4 * 4))
+                a, b = i * KC + begin * MR, PANEL_B + begin * NR
                 if i + MR <= M and j + NR <= N:
-                    micro(C, i, j, work, i * KC, PANEL_B, depth, adding)
+                    micro(C, i, j, work, a, b, end - begin, adding)
                 else:
-                    micro(edge, 0, 0, work, i * KC, PANEL_B, depth, False)
+                    micro(edge, 0, 0, work, a, b, end - begin, False)
                     for r in range(min(MR, M - i)):
                         for c in range(min(NR, N - j)):
                             C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
@@ -307,7 +322,7 @@ def take(typingctx, counter):
 
 
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
-    def tile_product(C, A, B, add, work):
+    def tile_product(C, A, B, add, work, triangle=0, d=0):
         C[:] = A @ B + C if add else A @ B
 
     def take(counter):
@@ -594,7 +609,7 @@ def attention_forward(out, lse, qkv, work):
             y = out[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
             att, sums = scores[:t1 - t0, :t1], np.empty(STRIP, np.float32)
             # pass 1: scores = q @ k.T
-            tile_product(att, q[t0:t1], k[:t1].T, False, work[thread])
+            tile_product(att, q[t0:t1], k[:t1].T, False, work[thread], SCORES, t0)
             for t in range(t0, t1):
                 row = scores[t - t0]
                 # pass 2: the maximum, for numerical stability
@@ -608,7 +623,7 @@ def attention_forward(out, lse, qkv, work):
                 row[t + 1:t1] = ZERO
                 lse[b, h, t], sums[t - t0] = largest + np.log(total), total
             # pass 4: out = probabilities @ v, where the division by the sum comes last
-            tile_product(y, att, v[:t1], False, work[thread])
+            tile_product(y, att, v[:t1], False, work[thread], LOWER, t0)
             for t in range(t0, t1):
                 for i in range(hs):
                     y[t - t0, i] /= sums[t - t0]
@@ -662,9 +677,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
                 dy = dout[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
                 att, datt = probs[:t1 - t0, :t1], dprobs[:t1 - t0, :t1]
                 # pass 3 and 2 again: the probabilities, from the scores and the log-sum-exp
-                tile_product(att, q[t0:t1], k[:t1].T, False, work[thread])
+                tile_product(att, q[t0:t1], k[:t1].T, False, work[thread], SCORES, t0)
                 # backward pass 4
-                tile_product(datt, dy, v[:t1].T, False, work[thread])
+                tile_product(datt, dy, v[:t1].T, False, work[thread], SCORES, t0)
                 for t in range(t0, t1):
                     p, dp, log_sum = probs[t - t0], dprobs[t - t0], lse[b, h, t]
                     total = ZERO
@@ -676,11 +691,11 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
                     p[t + 1:t1] = ZERO
                     dp[t + 1:t1] = ZERO
                 # backward pass 1, and the values' part of pass 4
-                tile_product(dq[t0:t1], datt, k[:t1], False, work[thread])
+                tile_product(dq[t0:t1], datt, k[:t1], False, work[thread], LOWER, t0)
                 for t2 in range(0, t1, MC):
                     t3 = min(t1, t2 + MC)
-                    tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, work[thread])
-                    tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, work[thread])
+                    tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, work[thread], UPPER, t2 - t0)
+                    tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, work[thread], UPPER, t2 - t0)
             head = take(counter)
 
 

@@ -194,6 +194,23 @@ def test_tile_product(rng, new, work, M, N, K, add):
             assert (C == before).all(), "written outside the tile"
 
 
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (13, 66, 70), (128, 640, 64), (128, 64, 640), (300, 40, 130), (40, 30, 517)])
+@pytest.mark.parametrize("d", [0, 1, 3, 37, 384, -1, -17, -290])
+@pytest.mark.parametrize("add", [False, True])
+def test_triangles(rng, new, work, M, N, K, d, add):
+    C, before, A, B = new(M, N), normal(rng, M, N), normal(rng, M, K), normal(rng, K, N)
+    r, c, k = np.arange(M)[:, None], np.arange(N), np.arange(K)
+    for triangle, A in (t.SCORES, A), (t.LOWER, np.where(k > r + d, F32(0), A)), (t.UPPER, np.where(k < r + d, F32(0), A)):
+        C[:] = before if add else np.nan
+        t.tile_product(C, A, B, add, work[0], triangle, d)
+        needed = np.broadcast_to(c <= r + d if triangle == t.SCORES else True, (M, N))
+        expected = (np.float64(A) @ B + (before if add else 0))[needed]
+        if expected.any():
+            close(C[needed], expected)
+        else:  # nothing is needed, or A is 0
+            assert not C[needed].any()
+
+
 SIZES = [(1, 1, 1), (1, 5, 7), (1, 400, 813), (3, 16, 50), (65, 48, 96), (257, 200, 30), (300, 400, 813), (2, 196, 1700)]  # B*T, C, OC
 
 
