@@ -28,8 +28,8 @@ def available_cpus():
 
 
 if "numba" not in sys.modules:  # both libraries read these once, when they are imported
-    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus()))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ["NUMBA_NUM_THREADS"])
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus())
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.setdefault("NUMBA_NUM_THREADS", threads))
     # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -45,6 +45,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numba
@@ -162,7 +163,7 @@ def pick_lanes(builder, x, y, lanes):
 
 @intrinsic
 def micro(typingctx, C, i, j, work, a, b, kc, add):
-    """C[i:i+MR, j:j+NR] (+)= the packed panel of A at work[a:] times that of B at work[b:], kc deep (a multiple of 4)."""
+    """C[i:i+MR, j:j+NR] (+)= the packed panel of A at work[a:] times that of B at work[b:], kc deep: a multiple of 4"""
     def codegen(context, builder, sig, args):
         C, i, j, work, a, b, kc, add = args
         c, row_bytes = element_pointer(context, builder, sig.args[0], C, i, j)
@@ -170,12 +171,14 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
         b, _ = element_pointer(context, builder, sig.args[3], work, b)
         row = row_pointers(builder, c, row_bytes)
         vector = ir.VectorType(f32, VL)
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{VL}f32")
+        fma_type = ir.FunctionType(vector, [vector] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fmuladd.v{VL}f32")
         at = lambda p, n: builder.gep(p, [n if isinstance(n, ir.Value) else ir.Constant(i64, n)])
         for r in range(MR):  # the sums' places come from memory while they are computed
             for column in range(15, NR, 16):
                 prefetch_line(builder, at(row[r], column), 1)
-        sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * VL)) for _ in range(NV)] for _ in range(MR)]
+        zero = ir.Constant(vector, [0.0] * VL)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(NV)] for _ in range(MR)]
         with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 2)), intp=i64) as loop:
             ak, bk = (at(p, builder.mul(loop.index, ir.Constant(i64, 4 * width))) for p, width in ((a, MR), (b, NR)))
             for k in range(4):
@@ -191,7 +194,8 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
                     for r in range(MR):
                         for v in range(NV):
                             p, s = at(row[r], v * VL), builder.load(sums[r][v])
-                            vector_store(builder, builder.fadd(vector_load(builder, p, VL), s) if block is adding else s, p)
+                            s = builder.fadd(vector_load(builder, p, VL), s) if block is adding else s
+                            vector_store(builder, s, p)
         return context.get_dummy_value()
     return types.void(C, types.intp, types.intp, work, types.intp, types.intp, types.intp, types.boolean), codegen
 
@@ -216,7 +220,7 @@ def transpose(typingctx, out, o, width, X, i, j):
         x, row_bytes = element_pointer(context, builder, sig.args[3], X, i, j)
         y, _ = element_pointer(context, builder, sig.args[0], out, o)
         rows = [vector_load(builder, row, MR) for row in row_pointers(builder, x, row_bytes)]
-        half, mixed = MR // 2, [lane for i in range(MR) for lane in (i, i + MR)]  # lanes of two vectors in turns: x0 y0 x1 …
+        half, mixed = MR // 2, [lane for i in range(MR) for lane in (i, i + MR)]  # two vectors' lanes in turns
         for _ in range(MR.bit_length() - 1):  # row i with row i + half, log2(MR) times: then they are columns
             rows = [pick_lanes(builder, rows[i], rows[i + half], lanes)
                     for i in range(half) for lanes in (mixed[:MR], mixed[MR:])]
@@ -242,7 +246,7 @@ def pack(work, o, X, width):
     rows, depth = X.shape
     done = depth // MR * MR if rows == width else 0
     if X.strides[1] == 4:
-        for k0 in range(0, done, 16):  # whole cache lines, MR rows at a time: lines of more rows may drive each other out
+        for k0 in range(0, done, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
             for r in range(0, width, MR):
                 for k in range(k0, min(done, k0 + 16), MR):
                     transpose(work, o + k * width + r, width, X, r, k)
@@ -560,7 +564,7 @@ def choose_matmul(backend):
     """Have all products done by `numba`, by `blas`, or by what is faster here (`auto`). Returns a line about it."""
     global matmul_forward, matmul_backward
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
-    if backend == "blas" or backend == "auto" and "accelerate" in blas.lower():  # whose matrix units no code of ours reaches
+    if backend == "blas" or backend == "auto" and "accelerate" in blas.lower():  # it has matrix units that LLVM hasn't
         matmul_forward, matmul_backward = blas_forward, blas_backward
         return f"NumPy's BLAS ({blas})"
     return f"Numba, {MR} x {NR} micro-kernel, {VL * 32}-bit vectors"
@@ -775,8 +779,8 @@ def sum_of_squares(x):
 
 
 @kernel
-def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, correction1, correction2, eps, weight_decay, grad_scale):
-    # params, grads, m, v: flat arrays of the same size; all the others are float32
+def adamw_update(params, grads, m, v, lr, beta1, beta2, correction1, correction2, eps, weight_decay, grad_scale):
+    # params, grads, m, v: flat arrays of the same size; all the others, such as the learning rate lr, are float32
     for block in prange((params.size + BLOCK - 1) // BLOCK):
         i0, i1 = block * BLOCK, min(params.size, (block + 1) * BLOCK)
         p, g, m1, v1 = params[i0:i1], grads[i0:i1], m[i0:i1], v[i0:i1]
@@ -785,7 +789,7 @@ def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, correction1, 
             m1[i] = beta1 * m1[i] + (ONE - beta1) * grad
             v1[i] = beta2 * v1[i] + (ONE - beta2) * grad * grad
             step = m1[i] * correction1 / (np.sqrt(v1[i] * correction2) + eps)
-            p[i] -= learning_rate * (step + weight_decay * p[i])
+            p[i] -= lr * (step + weight_decay * p[i])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -803,7 +807,7 @@ def box_muller(out, u, std):
 
 
 def fill_normal(out, std, random):
-    """Fill a flat array of 16 or more with normal numbers of mean 0. random: numpy's RandomState, whose stream it uses."""
+    """Fill a flat array of 16 or more with normal numbers of mean 0. random: numpy's RandomState, their source"""
     def uniforms(n):
         bits = random.randint(0, 2**32, n, np.uint32) & np.uint32(0xFFFFFF)
         return bits.astype(np.float32) * np.float32(2**-24)
@@ -1009,7 +1013,7 @@ class GPT2:
                 fill_normal(weight[l].ravel(), std, random)
 
     def read_checkpoint(self, path):
-        """Read the parameters from a checkpoint of version 3 (float32) or 5 (bfloat16) that model_config has checked."""
+        """Read the parameters from a checkpoint, version 3 (float32) or 5 (bfloat16), that model_config has checked."""
         with open(path, "rb") as file:
             version = read_header(file, path, MODEL_MAGIC, (3, 5))[1]
             if version == 3:
@@ -1021,9 +1025,9 @@ class GPT2:
 
     def write_checkpoint(self, path):
         """Write the parameters as a version 3 checkpoint. What was at `path` stays until the new file is complete."""
-        c = self.config
-        header = np.zeros(256, np.int32)
-        header[:8] = (MODEL_MAGIC, 3, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size)
+        c, header = self.config, np.zeros(256, np.int32)
+        header[:2] = MODEL_MAGIC, 3
+        header[2:8] = c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
         write_file(path, header, self.params.memory)
 
     def allocate(self, B, T, train=True):
@@ -1064,7 +1068,8 @@ class GPT2:
             if start is not None:
                 _, self.keys[l, start:start + T], self.values[l, start:start + T] = np.split(at.qkv, 3, axis=1)
             if start:
-                attention_decode(at.atty[0], at.qkv[0], self.keys[l, :start + 1], self.values[l, :start + 1], at.lse.shape[1])
+                k, v = self.keys[l, :start + 1], self.values[l, :start + 1]
+                attention_decode(at.atty[0], at.qkv[0], k, v, self.config.num_heads)
             else:
                 attention_forward(at.atty, at.lse, at.qkv, work)
             matmul_forward(at.residual2, NOTHING, at.atty, p.attprojw[l], p.attprojb[l], residual, work)
@@ -1078,7 +1083,7 @@ class GPT2:
         return None if targets is None else self.classify(self.check_tokens(targets).ravel(), train)
 
     def classify(self, targets, train):
-        """The mean cross-entropy of all rows of acts.lnf and, if `train`, its gradients dlnf and dwte, chunk by chunk."""
+        """The mean cross-entropy of all rows of acts.lnf; if `train`, its gradients dlnf and dwte. Chunk by chunk"""
         p, g, acts, work = self.params, self.grads, self.acts, self.work
         BT = len(acts.lnf)
         for start in range(0, BT, CLASSIFIER_ROWS):
@@ -1124,24 +1129,25 @@ class GPT2:
         add = self.micro_batches > 0  # on the first micro-batch gradients are written, so nothing need be zeroed
         dresidual, dbtc, dqkv, dfch = acts.dresidual, acts.dbtc, acts.dqkv, acts.dfch
         dresidual.fill(0)
-        layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, acts.residual3[-1], p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
+        last = acts.residual3[-1]
+        layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, last, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
         for l in reversed(range(self.config.num_layers)):
             at = acts.layer(l)
-            residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+            inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # of the residual stream
             if self.recompute >= 1:
                 gelu_forward(at.fch_gelu, at.fch)
             matmul_backward(dfch, g.fcprojw[l], g.fcprojb[l], dresidual, at.fch_gelu, p.fcprojw[l], add, work)
             gelu_backward(dfch, at.fch)
             if self.recompute >= 2:
-                layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
+                layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, middle, p.ln2w[l], p.ln2b[l])
             matmul_backward(dbtc, g.fcw[l], g.fcb[l], dfch, at.ln2, p.fcw[l], add, work)
-            layernorm_backward(dresidual, g.ln2w[l], g.ln2b[l], dbtc, at.residual2, p.ln2w[l], at.ln2_mean, at.ln2_rstd, add)
+            layernorm_backward(dresidual, g.ln2w[l], g.ln2b[l], dbtc, middle, p.ln2w[l], at.ln2_mean, at.ln2_rstd, add)
             matmul_backward(dbtc, g.attprojw[l], g.attprojb[l], dresidual, at.atty, p.attprojw[l], add, work)
             attention_backward(dqkv, dbtc, at.atty, at.lse, at.qkv, work)
             if self.recompute >= 2:
-                layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+                layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, inp, p.ln1w[l], p.ln1b[l])
             matmul_backward(dbtc, g.qkvw[l], g.qkvb[l], dqkv, at.ln1, p.qkvw[l], add, work)
-            layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, residual, p.ln1w[l], at.ln1_mean, at.ln1_rstd, add)
+            layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], at.ln1_mean, at.ln1_rstd, add)
         encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
         self.micro_batches += 1
         self.pending = False
@@ -1204,8 +1210,8 @@ def check_size(path, expected):
     """ValueError unless the file has the size that its header implies"""
     size = os.path.getsize(path)
     if size != expected:
-        raise ValueError(f"{path}: {'truncated' if size < expected else 'too long'}: its header implies {expected:,} bytes, "
-                         f"it has {size:,}\n---> HINT: fetch or write it again")
+        raise ValueError(f"{path}: {'truncated' if size < expected else 'too long'}: it has {size:,} bytes, its header "
+                         f"implies {expected:,}\n---> HINT: fetch or write it again")
 
 
 def write_file(path, *arrays):
@@ -1225,7 +1231,7 @@ def write_file(path, *arrays):
             os.unlink(temporary)
         if isinstance(error, OSError):
             raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
-                          "some space or name another folder, then go on (with -y 1 from the last checkpoint)") from error
+                          "some space or name another folder, then go on (-y 1: from the last checkpoint)") from error
         raise
     sync_folder(folder)
 
@@ -1268,7 +1274,7 @@ class DataLoader:
             self.shard_tokens.append(tokens)
         self.num_tokens = sum(self.shard_tokens)
         if not any(map(self.samples_in, range(len(self.files)))):
-            raise ValueError(f"{pattern}: no shard has the {num_processes * B * T + 1:,} tokens that one batch needs; the "
+            raise ValueError(f"{pattern}: no shard has the {num_processes * B * T + 1:,} tokens of a batch; the "
                              f"largest has {max(self.shard_tokens):,}\n---> HINT: use a smaller -b or -t")
         self.random = np.random.RandomState(42) if should_shuffle else None
         self.shard_order = list(range(len(self.files)))
@@ -1311,14 +1317,14 @@ class DataLoader:
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
     def shuffle_state(self):
-        """Both orders and the generator as llm.c's state file has them, a list of arrays; empty if nothing is shuffled."""
+        """Both orders and the generator as in llm.c's state file, a list of arrays; empty if nothing is shuffled"""
         if not self.random:
             return []
         _, key, position, *_ = self.random.get_state()
         left = 1 if position == 624 else 625 - position  # draws until the generator's next round
-        return [np.array([len(self.shard_order)], np.uint64), np.array(self.shard_order, np.int32),
-                np.array([len(self.sample_order)], np.uint64), np.array(self.sample_order, np.int32),
-                np.array([0, 0, left, position], np.uint32), key.astype(np.uint32), np.array([0, 0x9908B0DF], np.uint32)]
+        orders = [array for order in (self.shard_order, self.sample_order)
+                  for array in (np.array([len(order)], np.uint64), np.array(order, np.int32))]
+        return [*orders, np.array([0, 0, left, position, *key, 0, 0x9908B0DF], np.uint32)]
 
     def restore(self, shard_index, sample_index, state):
         """Go to where shuffle_state() was taken. state: its bytes. Returns False if they do not fit these shards."""
@@ -1328,8 +1334,9 @@ class DataLoader:
         if self.random:
             order, samples = words[2:2 + shards].tolist(), words[4 + shards:-630].tolist()
             left, position = words[-628:-626].tolist() if len(words) > 630 else (0, 0)
-            if (sorted(order) != list(range(shards)) or sorted(samples) != list(range(self.samples_in(order[shard_index])))
-                    or not (left == 1 or 0 < position < 625 and left + position == 625)):
+            fits = left == 1 or 0 < position < 625 and left + position == 625
+            fits = fits and sorted(order) == list(range(shards))
+            if not fits or sorted(samples) != list(range(self.samples_in(order[shard_index]))):
                 return False
             self.shard_order = order
         elif len(state):
@@ -1367,7 +1374,7 @@ class Tokenizer:
             data, at, tokens = file.read(), 0, []
         for _ in range(header[2]):
             if at >= len(data) or at + 1 + data[at] > len(data):
-                raise ValueError(f"{path}: truncated: {len(tokens):,} of {header[2]:,} tokens\n---> HINT: write it again")
+                raise ValueError(f"{path}: truncated: {len(tokens)} of {header[2]} tokens\n---> HINT: write it again")
             tokens.append(data[at + 1:at + 1 + data[at]])
             at += 1 + data[at]
         self.tokens = tokens
@@ -1400,14 +1407,14 @@ def encode(text):
 class Sampler:
     """Draws tokens with llm.c's random numbers: xorshift*, with 64 bits of state.
 
-    temperature: logits are divided by it; 0 = always the most likely token. top_k: only the k most likely ones, 0 = all.
+    temperature: logits are divided by it; 0 = always the likeliest token. top_k: only the k most likely ones, 0 = all.
     top_p: only the most likely ones that have this probability together, 0 or 1 = all.
     """
 
     def __init__(self, seed=1337, temperature=1.0, top_k=0, top_p=0.0):
         if not 0 < seed < 1 << 64 or temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-            raise ValueError(f"cannot sample with seed {seed}, temperature {temperature}, top_k {top_k}, top_p {top_p}\n"
-                             "---> HINT: the seed must be positive, top_p lie in 0 … 1, and none be negative")
+            raise ValueError(f"cannot sample with seed {seed}, temperature {temperature}, top_k {top_k}, top_p {top_p}"
+                             "\n---> HINT: the seed must be positive, top_p lie in 0 … 1, and none be negative")
         self.state, self.temperature, self.top_k, self.top_p = seed, temperature, top_k, top_p
 
     def coin(self):
@@ -1455,7 +1462,7 @@ HELLASWAG = "data/hellaswag/hellaswag_val.bin"
 
 
 def read_examples(path):
-    """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file."""
+    """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file"""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no evaluation set {path}\n---> HINT: python dev/data/hellaswag.py writes HellaSwag's")
     with open(path, "rb") as file:
@@ -1481,7 +1488,7 @@ def read_examples(path):
 
 
 def answer(model, context, completions):
-    """The number of the completion that the model finds the likeliest. A context that is too long loses its beginning."""
+    """The number of the completion that the model finds likeliest. A context that is too long loses its beginning."""
     maxT = model.config.max_seq_len
     rows = [(context + completion)[-maxT - 1:] for completion in completions]
     x = np.zeros((2, len(rows), max(map(len, rows)) - 1), np.int32)  # inputs, and targets: the inputs one token later
@@ -1525,8 +1532,8 @@ def remove_old_checkpoints(folder, keep, major_every):
     complete = complete_checkpoints(folder)
     if not keep or not complete:
         return
-    names = map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "*_[0-9]*")))
-    steps = {int(match[1]) for match in (re.match(r"(?:DONE|model|state|run)_(\d{8})", name) for name in names) if match}
+    matches = (re.match(r"(?:DONE|model|state|run)_(\d{8})", name) for name in os.listdir(folder))
+    steps = {int(match[1]) for match in matches if match}
     minor = [step for step in complete if not major_every or step % major_every]
     for step in steps - set(minor[-keep:]) - (set(complete) - set(minor)):
         for path in checkpoint_files(folder, step) if step < complete[-1] else []:
@@ -1539,7 +1546,7 @@ def write_run_checkpoint(folder, step, model, loader, sampler, windows):
     done, model_path, state_path, run_path = checkpoint_files(folder, step)
     model.write_checkpoint(model_path)
     header = np.zeros(256, np.int32)
-    header[:6] = STATE_MAGIC, 1, 1, 0, 0, loader.random is not None  # one process, rank 0, no second copy of the weights
+    header[:6] = STATE_MAGIC, 1, 1, 0, 0, loader.random is not None  # one process, rank 0, no copy of the weights
     header[10] = step
     header[20:24].view(np.uint64)[:] = sampler.state
     header[30:34].view(np.uint64)[:] = loader.shard_index, loader.sample_index
@@ -1558,8 +1565,8 @@ def read_run_checkpoint(folder, step, model, loader, sampler, windows):
         header = read_header(file, state_path, STATE_MAGIC, (1,))
         rest = os.path.getsize(state_path) - HEADER_BYTES - 4 * model.num_parameters * (3 if header[4] else 2)
         if header[10] != step or header[2] != 1 or rest < 0:
-            raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes, and it has "
-                             f"{max(0, -rest):,} bytes too few for a model of {model.num_parameters:,} parameters\n{fit}")
+            raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes; it has "
+                             f"{max(0, -rest)} bytes too few for {model.num_parameters:,} parameters\n{fit}")
         file.readinto(model.m.memory.view(np.uint8))
         file.readinto(model.v.memory.view(np.uint8))
         if header[4]:  # llm.c's float32 weights, where the model's file may hold bfloat16
@@ -1574,8 +1581,8 @@ def read_run_checkpoint(folder, step, model, loader, sampler, windows):
             found = run["tokens_per_batch"], run["shard_tokens"]
             values = [[float(value) for value in window] for window in run["windows"]]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{run_path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds, the last "
-                             "128 losses and gradient norms") from error
+            raise ValueError(f"{run_path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds: "
+                             "the last 128 losses and gradient norms") from error
     if found != data:
         raise ValueError(f"{run_path}: the run had {found[0]} tokens in a batch and shards of {found[1]} tokens; "
                          f"now there are {data[0]} and {data[1]}\n{fit}")
@@ -1588,7 +1595,7 @@ def read_run_checkpoint(folder, step, model, loader, sampler, windows):
 
 
 def begin_log(folder, resume_step):
-    """Begin main.log, which is in llm.c's format. Of a run that is resumed, the lines stay that its checkpoint knows."""
+    """Begin main.log, in llm.c's format. Of a run that is resumed, those lines stay that its checkpoint knows."""
     path, lines = os.path.join(folder, "main.log"), []
 
     def known(line):  # at the checkpoint's step, validation came before it, training after
@@ -1612,8 +1619,8 @@ def write_log(folder, line):
 
 def parse_flags(argv):
     parser = argparse.ArgumentParser(
-        prog="train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-        description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 means off wherever one says `every`.")
+        "train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 is off wherever one says `every`.")
 
     ranges = {}
 
@@ -1649,7 +1656,7 @@ def parse_flags(argv):
     flag("-sl --skip_update_lossz", 0.0, "skip an update whose loss is so many standard deviations too high, 0 = never")
     flag("-sg --skip_update_gradz", 0.0, "the same for the gradient norm")
     flag("-a --overfit_single_batch", 0, "1: train on the first batch only", choices=(0, 1))
-    flag("-r --recompute", 1, "activations that the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
+    flag("-r --recompute", 1, "what the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
     # once in a while
     flag("-v --val_loss_every", 10, "estimate the validation loss every so many steps")
     flag("-m --val_max_steps", 5, "batches of such an estimate, -1 = all", least=-1)
@@ -1664,7 +1671,7 @@ def parse_flags(argv):
     flag("-h --hellaswag_eval", 0, "1: HellaSwag's accuracy with every validation", choices=(0, 1))
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
     # the machine
-    flag("--matmul", "auto", "who multiplies matrices: the kernel in this file, or NumPy's BLAS", choices=("auto", "numba", "blas"))
+    flag("--matmul", "auto", "matrix products by our kernels or by NumPy's BLAS", choices=("auto", "numba", "blas"))
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
     ignored = ["-f", "-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
@@ -1689,8 +1696,9 @@ def parse_flags(argv):
 
 
 def scheduled_learning_rate(flags, step, steps):
-    """The learning rate of a step: it rises during the warm-up, then follows its schedule down to a fraction of itself."""
-    highest, lowest, warmup = flags.learning_rate, flags.learning_rate * flags.learning_rate_decay_frac, flags.warmup_iters
+    """The learning rate of a step: it rises during the warm-up, then follows its schedule down to a fraction of it."""
+    highest, warmup = flags.learning_rate, flags.warmup_iters
+    lowest = highest * flags.learning_rate_decay_frac
     if flags.lr_scheduler == "constant":
         return highest
     if step < warmup:
@@ -1704,8 +1712,8 @@ def scheduled_learning_rate(flags, step, steps):
 
 
 def z_score(value, window):
-    """How many standard deviations a value is above the mean of the last 128, which the window becomes, itself included.
-    NaN until the window is full."""
+    """How many standard deviations a value is above the mean of the last 128, itself included: they become the window.
+    NaN until that is full."""
     full = len(window) == window.maxlen
     window.append(value)
     std = float(np.std(window))
@@ -1763,8 +1771,8 @@ def compile_kernels():
     model.update(1e-4)
     model.read([1, 2])
     model.read([3])
-    print(f"kernels: ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later runs find them "
-          "in __pycache__)", flush=True)
+    print(f"kernels: ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later runs find "
+          "them in __pycache__)", flush=True)
 
 
 def print_sample(model, tokenizer, sampler, prompt, count):
@@ -1782,7 +1790,7 @@ def validate(model, loader, batches):
 
 
 def open_output(flags, resume_step):
-    """Make the output folder fit for a run: without leftovers of one that was killed, or finished and is not resumed."""
+    """Make the output folder fit for a run: without leftovers of one that was killed, or ended and is not resumed."""
     os.makedirs(flags.output_dir, exist_ok=True)
     for path in glob.glob(os.path.join(glob.escape(flags.output_dir), "*.tmp")):
         os.unlink(path)
@@ -1790,7 +1798,7 @@ def open_output(flags, resume_step):
     if flags.resume and not steps:
         print(f"no complete checkpoint in {flags.output_dir}: starting from {flags.model}")
     elif resume_step is None and steps:
-        print(f"starting anew in {flags.output_dir}: the checkpoints of steps {steps[0]} to {steps[-1]} there will be overwritten")
+        print(f"starting anew in {flags.output_dir}: checkpoints of steps {steps[0]} to {steps[-1]} are overwritten")
         for step in steps:
             os.unlink(checkpoint_files(flags.output_dir, step)[0])  # without DONE it is none
     else:
@@ -1804,7 +1812,8 @@ def save(flags, step, model, loader, sampler, windows):
         os.fsync(log.fileno())  # the checkpoint's lines, before it
     write_run_checkpoint(flags.output_dir, step, model, loader, sampler, windows)
     remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
-    print(f"checkpoint of step {step} written to {flags.output_dir} (took {time.perf_counter() - start:.1f} s)", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"checkpoint of step {step} written to {flags.output_dir} (took {seconds:.1f} s)", flush=True)
 
 
 def train(flags):
@@ -1820,8 +1829,9 @@ def train(flags):
     config = model_config(name)
     plan = memory_plan(config, B, T, flags.recompute)
     require_memory(sum(plan.values()))
-    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=config.vocab_size)
-    train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=not flags.overfit_single_batch, vocab_size=config.vocab_size)
+    shuffled, V = not flags.overfit_single_batch, config.vocab_size
+    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=V)
+    train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=shuffled, vocab_size=V)
     examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
     prompt = encode(flags.prompt) if flags.prompt else None
     if flags.output_dir:
@@ -1911,10 +1921,12 @@ def train(flags):
 
         times.append(seconds)
         left = sum(times) / len(times) * (steps - step - 1)
-        print(f"step {step}: train loss {loss:f} (took {1000 * seconds:f} ms) | norm {norm:.4f} | lr {learning_rate:.2e} "
-              f"| {100 * flops / seconds / peak:.1f}% MFU | {flags.total_batch_size / seconds:.0f} tok/s"
-              + (f" | {duration(left)} left" if left > 60 else "")
-              + (f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}" if skip else ""), flush=True)
+        line = (f"step {step}: train loss {loss:f} (took {1000 * seconds:f} ms) | norm {norm:.4f} "
+                f"| lr {learning_rate:.2e} | {100 * flops / seconds / peak:.1f}% MFU "
+                f"| {flags.total_batch_size / seconds:.0f} tok/s")
+        line += f" | {timedelta(seconds=int(left))} left" if left > 60 else ""
+        line += f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}" if skip else ""
+        print(line, flush=True)
         write_log(flags.output_dir, f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
 
     if times:
@@ -1929,9 +1941,6 @@ def train(flags):
         print(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
 
 
-def duration(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
 
 def stop_on_signals():
     """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
@@ -1941,7 +1950,7 @@ def stop_on_signals():
         if stop.requested:
             sys.exit(130)
         stop.requested = True
-        print("\nstopping after this step (once more: at once)", flush=True)
+        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() may be at work on its buffer
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request)
     return stop
@@ -1962,8 +1971,9 @@ def available_memory():
 
 def require_memory(needed):
     """ValueError if a run of so many bytes does not fit into memory"""
-    if needed > available_memory():
-        raise ValueError(f"this run needs {needed / 2**30:.1f} GiB of memory, and {available_memory() / 2**30:.1f} GiB are free\n"
+    free = available_memory()
+    if needed > free:
+        raise ValueError(f"this run needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free\n"
                          "---> HINT: use a smaller batch (-b), a shorter sequence (-t) or a smaller model (-e)")
 
 

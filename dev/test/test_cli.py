@@ -4,6 +4,7 @@ The command line: what a run prints and in which order, how it is interrupted, a
 import io
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,18 +108,19 @@ def test_text_with_a_tokenizer(cli):
     assert cli("-s 1 -x 0 -g 6")[1].split("generating")[1] == out.split("generating")[1]
 
 
-def test_interrupt_stops_after_the_step(python, tiny, text):
-    run = python("train_gpt2.py", *f"-e {tiny} -i {text} -j {text} -b 2 -t 8 -x 1000000 -v 0 -s 0".split(), OMP_NUM_THREADS="1")
-    lines = []
-    for line in run.stdout:
-        lines.append(line)
-        if line.startswith("step 3:"):
-            run.send_signal(signal.SIGINT)
-            break
-    out, err = run.communicate(timeout=100)
-    assert run.returncode == 0 and err == "", err
-    steps = STEP.findall("".join(lines) + out)
-    assert "\nstopping" in out and [int(step) for step, *_ in steps] == list(range(len(steps)))
+@pytest.mark.parametrize("pause", [0, 2])
+def test_interrupt_stops_after_the_step(python, tiny, text, pause):
+    """Even when print() waits, since nobody has read the lines before it: the pause fills the pipe."""
+    flags = f"-e {tiny} -i {text} -j {text} -b 2 -t 8 -x 1000000 -v 0 -s 0".split()
+    run, out = python("train_gpt2.py", *flags, OMP_NUM_THREADS="1"), ""
+    while "step 3:" not in out:
+        out += run.stdout.readline()
+    time.sleep(pause)
+    run.send_signal(signal.SIGINT)
+    out, err = out + run.stdout.read(), run.stderr.read()
+    assert run.wait(100) == 0 and err == "\nstopping after this step (once more: at once)\n", err
+    steps = STEP.findall(out)
+    assert [int(step) for step, *_ in steps] == list(range(len(steps)))
     assert re.search(rf"^steps: {len(steps)}\ntokens: {16 * len(steps)}\n(.*\n)*peak memory: .*\n\Z", out, re.MULTILINE)
 
 

@@ -200,11 +200,12 @@ def test_tile_product(rng, new, work, M, N, K, add):
 def test_triangles(rng, new, work, M, N, K, d, add):
     C, before, A, B = new(M, N), normal(rng, M, N), normal(rng, M, K), normal(rng, K, N)
     r, c, k = np.arange(M)[:, None], np.arange(N), np.arange(K)
-    for triangle, A in (t.SCORES, A), (t.LOWER, np.where(k > r + d, F32(0), A)), (t.UPPER, np.where(k < r + d, F32(0), A)):
+    for triangle, zero in (t.SCORES, k < 0), (t.LOWER, k > r + d), (t.UPPER, k < r + d):
+        masked = np.where(zero, F32(0), A)
         C[:] = before if add else np.nan
-        t.tile_product(C, A, B, add, work[0], triangle, d)
+        t.tile_product(C, masked, B, add, work[0], triangle, d)
         needed = np.broadcast_to(c <= r + d if triangle == t.SCORES else True, (M, N))
-        expected = (np.float64(A) @ B + (before if add else 0))[needed]
+        expected = (np.float64(masked) @ B + (before if add else 0))[needed]
         if expected.any():
             close(C[needed], expected)
         else:  # nothing is needed, or A is 0

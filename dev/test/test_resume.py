@@ -232,7 +232,7 @@ def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owne
     with monkeypatch.context() as patch:
         interrupt(patch, number, owner, name, call)
         printed = train(run)
-    assert "stopping after this step" in printed and complete(out)[-1] == step
+    assert complete(out)[-1] == step
     assert step == 0 or re.search(rf"^steps: {step}\ntokens: {32 * step}\n(.*\n)*peak memory: .*\n\Z", printed, re.MULTILINE)
     train(f"{run} -y 1")
     whole = contents(tmp_path / "whole")
@@ -559,9 +559,9 @@ class FullDisk:
         return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("room", range(7))
+@pytest.mark.parametrize("room", range(6))
 def test_full_disk(train, out, monkeypatch, room):
-    """Writes: main.log; the model's header and weights; the state's header, m, v and seven arrays; the run."""
+    """Writes: main.log; the model's header and weights; the state's header, m, v and five arrays; the run."""
     train("-x 4 -n 2 -nk 1")
     before, fdopen, writes = contents(out), os.fdopen, iter(range(2 * room))
     with monkeypatch.context() as patch:
