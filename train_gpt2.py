@@ -1978,12 +1978,15 @@ def require_memory(needed):
 
 
 def peak_memory():
-    """The most memory that this process has held, in bytes"""
+    """The most memory that this process has held, in bytes; NaN where the system doesn't say"""
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
     except OSError:  # not Linux
-        import resource  # not on Windows either
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
