@@ -1133,7 +1133,7 @@ class GPT2:
         layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, last, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
         for l in reversed(range(self.config.num_layers)):
             at = acts.layer(l)
-            inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # of the residual stream
+            inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # what LayerNorm 1 and 2 read
             if self.recompute >= 1:
                 gelu_forward(at.fch_gelu, at.fch)
             matmul_backward(dfch, g.fcprojw[l], g.fcprojb[l], dresidual, at.fch_gelu, p.fcprojw[l], add, work)
@@ -1618,10 +1618,10 @@ def write_log(folder, line):
 # the training loop
 
 def parse_flags(argv):
+    """The flags as attributes, and the micro-batches of a step. ValueError for values that make no sense"""
     parser = argparse.ArgumentParser(
         "train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
         description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 is off wherever one says `every`.")
-
     ranges = {}
 
     def flag(names, default, text, kind=None, least=0, below=math.inf, **more):
