@@ -1730,17 +1730,18 @@ def multiply_in_cache(work, repeats):
 
 
 def measure_peak(work):
-    """This machine's float32 FLOP/s on all threads, by a loop of 50 ms or more; NaN in plain Python"""
+    """This machine's float32 FLOP/s on all threads: the best of many short loops in 0.3 s, since neighbours may disturb
+    some of them. NaN in plain Python"""
     if numba.config.DISABLE_JIT:
         return math.nan
     work[:, :STRIPS] = 0
-    best, repeats = 0.0, 2000
     multiply_in_cache(work, 1)
-    for _ in range(5):
+    best, repeats, end = math.inf, 4000, time.perf_counter() + 0.3
+    while time.perf_counter() < end:
         start = time.perf_counter()
         multiply_in_cache(work, repeats)
-        best = max(best, len(work) * repeats * 2 * MR * NR * KC / (time.perf_counter() - start))
-    return best
+        best = min(best, time.perf_counter() - start)
+    return len(work) * repeats * 2 * MR * NR * KC / best
 
 
 def profile_kernels():
