@@ -1322,9 +1322,10 @@ class DataLoader:
             return []
         _, key, position, *_ = self.random.get_state()
         left = 1 if position == 624 else 625 - position  # draws until the generator's next round
-        orders = [array for order in (self.shard_order, self.sample_order)
-                  for array in (np.array([len(order)], np.uint64), np.array(order, np.int32))]
-        return [*orders, np.array([0, 0, left, position, *key, 0, 0x9908B0DF], np.uint32)]
+        return [np.array([len(self.shard_order)], np.uint64), np.array(self.shard_order, np.int32),
+                np.array([len(self.sample_order)], np.uint64), np.array(self.sample_order, np.int32),
+                np.array([0, 0, left, position], np.uint32), key.astype(np.uint32),
+                np.array([0, 0x9908B0DF], np.uint32)]
 
     def restore(self, shard_index, sample_index, state):
         """Go to where shuffle_state() was taken. state: its bytes. Returns False if they do not fit these shards."""
@@ -1940,7 +1941,6 @@ def train(flags):
     total = time.perf_counter() - run_start
     for name, seconds in sorted(profile.items(), key=lambda item: -item[1]):
         print(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
-
 
 
 def stop_on_signals():

@@ -51,19 +51,21 @@ def out(tmp_path):
 
 
 @pytest.fixture
-def train(flags, out, monkeypatch, capsys):
-    """train("-x 3 ..."): run the trainer, with -o out unless told otherwise; returns its standard output."""
+def train(flags, out, monkeypatch, capfd):
+    """train("-x 3 ..."): run the trainer, with -o out unless told otherwise; returns its standard output.
+    stopped: is it to say, on standard error, that it stops early?"""
     monkeypatch.setattr(train_gpt2, "measure_peak", lambda work: 1.0)
     monkeypatch.setattr(train_gpt2, "compile_kernels", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some disks take a second
 
-    def train(text, status=0):
+    def train(text, status=0, stopped=False):
         arguments = flags(text)
         got = train_gpt2.main(arguments if "-o" in arguments else [*arguments, "-o", str(out)])
-        printed, errors = capsys.readouterr()
+        printed, errors = capfd.readouterr()
         assert got == status, errors
-        assert errors == "" if status == 0 else re.fullmatch(r"error: .*\n(---> HINT: .*\n)*", errors), errors
-        return printed + errors
+        notice = "\nstopping after this step (once more: at once)\n" if stopped else ""
+        assert errors == notice if status == 0 else re.fullmatch(r"error: .*\n(---> HINT: .*\n)*", errors), errors
+        return printed + (errors if status else "")
     return train
 
 
@@ -231,7 +233,7 @@ def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owne
     train(f"{run} -o {tmp_path / 'whole'}")
     with monkeypatch.context() as patch:
         interrupt(patch, number, owner, name, call)
-        printed = train(run)
+        printed = train(run, stopped=True)
     assert complete(out)[-1] == step
     assert step == 0 or re.search(rf"^steps: {step}\ntokens: {32 * step}\n(.*\n)*peak memory: .*\n\Z", printed, re.MULTILINE)
     train(f"{run} -y 1")
@@ -241,7 +243,7 @@ def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owne
 
 def test_interrupted_run_without_checkpoints(train, out, monkeypatch):
     interrupt(monkeypatch, signal.SIGTERM, GPT2, "backward", 3)
-    train("-x 10")
+    train("-x 10", stopped=True)
     assert complete(out) == [3]
 
 
@@ -559,9 +561,9 @@ class FullDisk:
         return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("room", range(6))
+@pytest.mark.parametrize("room", range(7))
 def test_full_disk(train, out, monkeypatch, room):
-    """Writes: main.log; the model's header and weights; the state's header, m, v and five arrays; the run."""
+    """Writes: main.log; the model's header and weights; the state's header, m, v and seven arrays; the run."""
     train("-x 4 -n 2 -nk 1")
     before, fdopen, writes = contents(out), os.fdopen, iter(range(2 * room))
     with monkeypatch.context() as patch:
