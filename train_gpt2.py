@@ -125,13 +125,13 @@ f32, i32, i64, i8p = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(
 
 
 def element_pointer(context, builder, array_type, array, *index):
-    """LLVM code for the address of array[index]"""
+    """LLVM code for the address of array[index], and for the array's strides"""
     array = context.make_array(array_type)(context, builder, array)
     strides = cgutils.unpack_tuple(builder, array.strides, len(index))
     offset = ir.Constant(i64, 0)
     for i, stride in zip(index, strides):
         offset = builder.add(offset, builder.mul(i, stride))
-    return builder.bitcast(builder.gep(builder.bitcast(array.data, i8p), [offset]), f32.as_pointer()), strides[0]
+    return builder.bitcast(builder.gep(builder.bitcast(array.data, i8p), [offset]), f32.as_pointer()), strides
 
 
 def vector_load(builder, pointer, length):
@@ -166,7 +166,7 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
     """C[i:i+MR, j:j+NR] (+)= the packed panel of A at work[a:] times that of B at work[b:], kc deep: a multiple of 4"""
     def codegen(context, builder, sig, args):
         C, i, j, work, a, b, kc, add = args
-        c, row_bytes = element_pointer(context, builder, sig.args[0], C, i, j)
+        c, (row_bytes, _) = element_pointer(context, builder, sig.args[0], C, i, j)
         a, _ = element_pointer(context, builder, sig.args[3], work, a)
         b, _ = element_pointer(context, builder, sig.args[3], work, b)
         row = row_pointers(builder, c, row_bytes)
@@ -188,44 +188,34 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
                                 ir.Constant(ir.VectorType(f32, 1), ir.Undefined), [0] * VL)
                     for y, s in zip(bs, sums[r]):
                         builder.store(builder.call(fma, [x, y, builder.load(s)]), s)
-        with builder.if_else(add) as (adding, replacing):
-            for block in adding, replacing:
-                with block:
-                    for r in range(MR):
-                        for v in range(NV):
-                            p, s = at(row[r], v * VL), builder.load(sums[r][v])
-                            s = builder.fadd(vector_load(builder, p, VL), s) if block is adding else s
-                            vector_store(builder, s, p)
+        for r in range(MR):
+            for v in range(NV):
+                p = at(row[r], v * VL)
+                before = builder.select(add, vector_load(builder, p, VL), zero)
+                vector_store(builder, builder.fadd(before, builder.load(sums[r][v])), p)
         return context.get_dummy_value()
     return types.void(C, types.intp, types.intp, work, types.intp, types.intp, types.intp, types.boolean), codegen
 
 
 @intrinsic
-def copy(typingctx, out, o, X, i, j):
-    """out[o:o+MR] = X[i:i+MR, j], where X's columns are contiguous"""
-    def codegen(context, builder, sig, args):
-        out, o, X, i, j = args
-        x, _ = element_pointer(context, builder, sig.args[2], X, i, j)
-        y, _ = element_pointer(context, builder, sig.args[0], out, o)
-        vector_store(builder, vector_load(builder, x, MR), y)
-        return context.get_dummy_value()
-    return types.void(out, types.intp, X, types.intp, types.intp), codegen
-
-
-@intrinsic
-def transpose(typingctx, out, o, width, X, i, j):
-    """out[o + k*width + r] = X[i + r, j + k] for r, k < MR, where X's rows are contiguous"""
+def pack_square(typingctx, out, o, width, X, i, j):
+    """out[o + k*width + r] = X[i + r, j + k] for r, k < MR, where X's rows or its columns are contiguous"""
     def codegen(context, builder, sig, args):
         out, o, width, X, i, j = args
-        x, row_bytes = element_pointer(context, builder, sig.args[3], X, i, j)
+        x, strides = element_pointer(context, builder, sig.args[3], X, i, j)
         y, _ = element_pointer(context, builder, sig.args[0], out, o)
-        rows = [vector_load(builder, row, MR) for row in row_pointers(builder, x, row_bytes)]
+        by_rows = builder.icmp_signed("==", strides[1], ir.Constant(i64, 4))
+        vectors = [vector_load(builder, p, MR) for p in row_pointers(builder, x, builder.select(by_rows, *strides))]
         half, mixed = MR // 2, [lane for i in range(MR) for lane in (i, i + MR)]  # two vectors' lanes in turns
-        for _ in range(MR.bit_length() - 1):  # row i with row i + half, log2(MR) times: then they are columns
-            rows = [pick_lanes(builder, rows[i], rows[i + half], lanes)
-                    for i in range(half) for lanes in (mixed[:MR], mixed[MR:])]
-        for k in range(MR):
-            vector_store(builder, rows[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
+        columns = vectors
+        for _ in range(MR.bit_length() - 1):  # vector i with i + half, log2(MR) times: then rows have become columns
+            columns = [pick_lanes(builder, columns[i], columns[i + half], lanes)
+                       for i in range(half) for lanes in (mixed[:MR], mixed[MR:])]
+        with builder.if_else(by_rows) as (transposing, copying):
+            for block, found in (transposing, columns), (copying, vectors):
+                with block:
+                    for k in range(MR):
+                        vector_store(builder, found[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
         return context.get_dummy_value()
     return types.void(out, types.intp, types.intp, X, types.intp, types.intp), codegen
 
@@ -245,15 +235,10 @@ def pack(work, o, X, width):
     """work[o + k*width + r] = X[r, k], with zeros for r up to the panel's width and k up to a multiple of 4."""
     rows, depth = X.shape
     done = depth // MR * MR if rows == width else 0
-    if X.strides[1] == 4:
-        for k0 in range(0, done, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
-            for r in range(0, width, MR):
-                for k in range(k0, min(done, k0 + 16), MR):
-                    transpose(work, o + k * width + r, width, X, r, k)
-    else:
-        for k in range(done):
-            for r in range(0, width, MR):
-                copy(work, o + k * width + r, X, r, k)
+    for k0 in range(0, done, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
+        for r in range(0, width, MR):
+            for k in range(k0, min(done, k0 + 16), MR):
+                pack_square(work, o + k * width + r, width, X, r, k)
     for k in range(done, (depth + 3) // 4 * 4):
         for r in range(width):
             work[o + k * width + r] = X[r, k] if r < rows and k < depth else ZERO
