@@ -41,6 +41,7 @@ import math
 import platform
 import re
 import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter, deque
@@ -52,7 +53,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
@@ -1747,19 +1748,58 @@ def profile_kernels():
     return seconds
 
 
-def compile_kernels():
-    """Run everything once on a model that is as small as can be, so that compiling is not part of any step's time."""
-    start = time.perf_counter()
+def run_kernels(attention_first=False):
+    """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache."""
     model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16))
     model.init_random()
-    tokens = np.array([[1, 2, 3]], np.int32)
+    model.allocate(1, 3)
+    tokens, acts, at = np.array([[1, 2, 3]], np.int32), model.acts, model.acts.layer(0)
+    if attention_first:
+        attention_forward(at.atty, at.lse, at.qkv, model.work)
+        attention_backward(acts.dqkv, acts.dbtc, at.atty, at.lse, at.qkv, model.work)
+    else:
+        model.classify(tokens[0], True)
+    model.read([1, 2])
+    model.read([3])
     model.forward(tokens, tokens)
     model.backward()
     model.update(1e-4)
-    model.read([1, 2])
-    model.read([3])
-    print(f"kernels: ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later runs find "
-          "them in __pycache__)", flush=True)
+    multiply_in_cache(model.work, 1)
+
+
+class Refusal(event.Listener):
+    """Installed, it raises LookupError where Numba begins to compile."""
+
+    def on_start(self, event):
+        raise LookupError
+
+    def on_end(self, event):
+        pass
+
+
+def compile_kernels(matmul="auto"):
+    """Have every kernel in the cache, and load it from there: compiling is not part of any step's time.
+
+    Where a kernel has just been compiled, Numba runs a version that its optimiser has been over once less than the
+    cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
+    the first run as in all later ones.
+    """
+    start = time.perf_counter()
+    folder = os.path.dirname(os.path.abspath(__file__))
+    sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # the name by which cached kernels know this module
+    try:
+        with event.install_listener("numba:compile", Refusal()):
+            run_kernels()
+    except LookupError:
+        print("compiling the kernels: about half a minute, in the first run only", flush=True)
+        command = (f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; "
+                   f"train_gpt2.choose_matmul({matmul!r}); train_gpt2.run_kernels")
+        processes = [subprocess.Popen([sys.executable, "-c", f"{command}({attention_first})"], stderr=subprocess.DEVNULL)
+                     for attention_first in (False, True)]
+        for process in processes:
+            process.wait()
+        run_kernels()
+    print(f"kernels: ready after {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def print_sample(model, tokenizer, sampler, prompt, count):
@@ -1823,7 +1863,7 @@ def train(flags):
     prompt = encode(flags.prompt) if flags.prompt else None
     if flags.output_dir:
         open_output(flags, resume_step)
-    compile_kernels()
+    compile_kernels(flags.matmul)
     plan["Python and kernels"] = peak_memory()
     print("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in plan.items())
           + f" = {sum(plan.values()) / 2**20:,.0f} MiB")

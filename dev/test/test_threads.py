@@ -98,8 +98,10 @@ def test_normal_numbers(rng, same_bits):
 
 
 TRAINING = """
-import sys
-from train_gpt2 import GPT2, GPT2Config, DataLoader
+import contextlib, sys
+from train_gpt2 import GPT2, GPT2Config, DataLoader, compile_kernels
+with contextlib.redirect_stdout(sys.stderr):
+    compile_kernels()
 model = GPT2(GPT2Config(150, 5000, 5120, 2, 3, 48))
 model.init_random()
 loader = DataLoader(sys.argv[1], 4, 150, should_shuffle=True)
@@ -124,3 +126,15 @@ def test_training_is_identical(rng, make_shard, python, tmp_path):
         checkpoints.append((tmp_path / f"model{n}.bin").read_bytes())
     assert len(lines[0].splitlines()) == 12 and lines == [lines[0]] * 3
     assert checkpoints == [checkpoints[0]] * 3
+
+
+def test_first_run_is_as_later_ones(rng, make_shard, python, tiny, tmp_path):
+    """One that has to compile, and one that finds its kernels in the cache"""
+    shard, checkpoints = make_shard(tmp_path / "shard.bin", rng.integers(0, 300, 2000)), []
+    for name, compiles in ("first", True), ("second", False):
+        flags = f"-e {tiny} -i {shard} -j {shard} -b 4 -t 64 -x 4 -v 2 -s 4 -g 20 -n 4 -o {tmp_path / name}".split()
+        out, err = python("train_gpt2.py", *flags, NUMBA_CACHE_DIR=str(tmp_path / "cache")).communicate(timeout=300)
+        assert ("compiling the kernels" in out) == compiles and err == "", out + err
+        files = ("model_00000004.bin", "state_00000004_00000.bin", "main.log")
+        checkpoints.append([(tmp_path / name / file).read_bytes() for file in files])
+    assert checkpoints[0] == checkpoints[1]
