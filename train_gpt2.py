@@ -102,6 +102,17 @@ def maximum(x):
     return np.int32(largest ^ ((largest >> SIGN_SHIFT) & MAGNITUDE)).view(np.float32)
 
 
+@inner
+def exponentials(x, scale):
+    """Replaces x by exp(scale * x - their maximum), the numerators of its softmax. Returns that maximum and the sum."""
+    largest = maximum(x) * scale
+    total = ZERO
+    for i in range(x.size):
+        x[i] = exp(x[i] * scale - largest)
+        total += x[i]
+    return largest, total
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Matrix product: C (+)= A @ B for one tile of the output, on one thread
 #
@@ -321,21 +332,13 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
 
 
 @inner
-def tile_shape(M, N, threads):
-    """Rows and columns of a tile, and how many there are: two or more for each thread, if they stay wide enough"""
+def cut(M, N, threads):
+    """The tiles of an (M, N) output, [(first row, end, first column, end)]: two or more for each thread, if they stay
+    wide enough"""
     rows = min(M, MC)
     down = (M + rows - 1) // rows
     columns = min(max(down * N // (2 * threads), NC // 2), NC) // NR * NR
-    return rows, columns, down * ((N + columns - 1) // columns)
-
-
-@inner
-def tile_bounds(tile, M, N, threads):
-    """A tile of an (M, N) output: its first and last row, its first and last column"""
-    rows, columns, _ = tile_shape(M, N, threads)
-    down = (M + rows - 1) // rows
-    i, j = tile % down * rows, tile // down * columns
-    return i, min(M, i + rows), j, min(N, j + columns)
+    return [(i, min(M, i + rows), j, min(N, j + columns)) for j in range(0, N, columns) for i in range(0, M, rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,12 +486,11 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
                 out[0, o] = total
             finish_row(out, act, bias, residual, 0, o0, o1)
         return
-    threads = len(work)
-    tiles, counter = tile_shape(BT, OC, threads)[2], np.zeros(1, np.int64)
-    for thread in prange(threads):
+    tiles, counter = cut(BT, OC, len(work)), np.zeros(1, np.int64)
+    for thread in prange(len(work)):
         tile = take(counter)
-        while tile < tiles:
-            i0, i1, o0, o1 = tile_bounds(tile, BT, OC, threads)
+        while tile < len(tiles):
+            i0, i1, o0, o1 = tiles[tile]
             tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, work[thread])
             for i in range(i0, i1):  # while the tile is in the cache
                 finish_row(out, act, bias, residual, i, o0, o1)
@@ -501,17 +503,16 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
     # dout (B*T, OC), inp (B*T, C), weight (OC, C); dbias may be empty; add: whether dweight and dbias are added to
     BT, C = inp.shape
     OC = dout.shape[1]
-    threads = len(work)
-    dinp_tiles, dweight_tiles = tile_shape(BT, C, threads)[2], tile_shape(OC, C, threads)[2]
+    dinp_tiles, dweight_tiles = cut(BT, C, len(work)), cut(OC, C, len(work))
     counter = np.zeros(1, np.int64)
-    for thread in prange(threads):
+    for thread in prange(len(work)):
         tile = take(counter)
-        while tile < dinp_tiles + dweight_tiles:
-            if tile < dinp_tiles:
-                i0, i1, j0, j1 = tile_bounds(tile, BT, C, threads)
+        while tile < len(dinp_tiles) + len(dweight_tiles):
+            if tile < len(dinp_tiles):
+                i0, i1, j0, j1 = dinp_tiles[tile]
                 tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
             else:
-                o0, o1, j0, j1 = tile_bounds(tile - dinp_tiles, OC, C, threads)
+                o0, o1, j0, j1 = dweight_tiles[tile - len(dinp_tiles)]
                 tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
                 if dbias.size and j0 == 0:
                     sum_rows(dbias, dout, o0, o1, add)
@@ -602,14 +603,8 @@ def attention_forward(out, lse, qkv, work):
             tile_product(att, q[t0:t1], k[:t1].T, False, work[thread], SCORES, t0)
             for t in range(t0, t1):
                 row = scores[t - t0]
-                # pass 2: the maximum, for numerical stability
-                largest = maximum(row[:t + 1]) * scale
-                # pass 3: exponentials and their sum; 0 for what lies in the future
-                total = ZERO
-                for t2 in range(t + 1):
-                    p = exp(row[t2] * scale - largest)
-                    total += p
-                    row[t2] = p
+                # passes 2 and 3: the maximum, exponentials and their sum; 0 for what lies in the future
+                largest, total = exponentials(row[:t + 1], scale)
                 row[t + 1:t1] = ZERO
                 lse[b, h, t], sums[t - t0] = largest + np.log(total), total
             # pass 4: out = probabilities @ v, where the division by the sum comes last
@@ -634,12 +629,8 @@ def attention_decode(out, qkv, k, v, NH):
             score = ZERO
             for i in range(hs):
                 score += q[i] * key[i]
-            row[t] = score * scale
-        largest = maximum(row)
-        total = ZERO
-        for t in range(T):
-            row[t] = exp(row[t] - largest)
-            total += row[t]
+            row[t] = score
+        _, total = exponentials(row, scale)
         y[:] = ZERO
         for t in range(T):
             value, p = v[t, h * hs:(h + 1) * hs], row[t] / total
@@ -731,13 +722,9 @@ def fused_classifier(logits, losses, targets, dloss, V):
     # Columns V ... Vp are padding: no token has their number, so they take no part and their gradient is 0.
     for r in prange(len(logits)):
         x = logits[r, :V]
-        largest = maximum(x)
-        target = x[targets[r]] - largest
-        total = ZERO
-        for i in range(V):
-            x[i] = exp(x[i] - largest)
-            total += x[i]
-        losses[r] = np.log(total) - target
+        target = x[targets[r]]
+        largest, total = exponentials(x, ONE)
+        losses[r] = np.log(total) - (target - largest)
         scale = dloss / total
         for i in range(V):
             x[i] *= scale
@@ -1767,15 +1754,6 @@ def run_kernels(attention_first=False):
     multiply_in_cache(model.work, 1)
 
 
-class Refusal(event.Listener):
-    """Installed, it raises LookupError where Numba begins to compile."""
-
-    def on_start(self, event):
-        raise LookupError
-
-    def on_end(self, event):
-        pass
-
 
 def compile_kernels(matmul="auto"):
     """Have every kernel in the cache, and load it from there: compiling is not part of any step's time.
@@ -1784,11 +1762,12 @@ def compile_kernels(matmul="auto"):
     cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
     the first run as in all later ones.
     """
-    start = time.perf_counter()
-    folder = os.path.dirname(os.path.abspath(__file__))
+    def refuse(event):
+        raise LookupError
+    start, folder = time.perf_counter(), os.path.dirname(os.path.abspath(__file__))
     sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # the name by which cached kernels know this module
     try:
-        with event.install_listener("numba:compile", Refusal()):
+        with event.install_listener("numba:compile", SimpleNamespace(notify=refuse)):
             run_kernels()
     except LookupError:
         print("compiling the kernels: about half a minute, in the first run only", flush=True)
