@@ -42,7 +42,6 @@ import platform
 import re
 import signal
 import subprocess
-import tempfile
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -1189,24 +1188,21 @@ def check_size(path, expected):
 
 def write_file(path, *arrays):
     """Write arrays to a file under a temporary name, flush it to the disk, then rename it."""
-    folder, temporary = os.path.dirname(os.path.abspath(path)), None
+    temporary = f"{path}.tmp"
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
-        with os.fdopen(descriptor, "wb") as file:
-            for array in arrays:
-                file.write(memoryview(array).cast("B"))
+        with open(temporary, "wb") as file:
+            file.writelines(memoryview(array).cast("B") for array in arrays)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary:
+        if os.path.exists(temporary):
             os.unlink(temporary)
         if isinstance(error, OSError):
             raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
                           "some space or name another folder, then go on (-y 1: from the last checkpoint)") from error
         raise
-    sync_folder(folder)
+    sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
 def sync_folder(folder):
@@ -1754,6 +1750,15 @@ def run_kernels(attention_first=False):
     multiply_in_cache(model.work, 1)
 
 
+class Refusal(event.Listener):
+    """Installed, it raises LookupError where Numba begins to compile."""
+
+    def on_start(self, event):
+        raise LookupError
+
+    def on_end(self, event):
+        pass
+
 
 def compile_kernels(matmul="auto"):
     """Have every kernel in the cache, and load it from there: compiling is not part of any step's time.
@@ -1762,12 +1767,10 @@ def compile_kernels(matmul="auto"):
     cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
     the first run as in all later ones.
     """
-    def refuse(event):
-        raise LookupError
     start, folder = time.perf_counter(), os.path.dirname(os.path.abspath(__file__))
     sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # the name by which cached kernels know this module
     try:
-        with event.install_listener("numba:compile", SimpleNamespace(notify=refuse)):
+        with event.install_listener("numba:compile", Refusal()):
             run_kernels()
     except LookupError:
         print("compiling the kernels: about half a minute, in the first run only", flush=True)

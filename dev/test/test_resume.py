@@ -55,7 +55,7 @@ def train(flags, out, monkeypatch, capfd):
     """train("-x 3 ..."): run the trainer, with -o out unless told otherwise; returns its standard output.
     stopped: is it to say, on standard error, that it stops early?"""
     monkeypatch.setattr(train_gpt2, "measure_peak", lambda work: 1.0)
-    monkeypatch.setattr(train_gpt2, "compile_kernels", lambda: None)
+    monkeypatch.setattr(train_gpt2, "compile_kernels", lambda matmul: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some disks take a second
 
     def train(text, status=0, stopped=False):
@@ -551,6 +551,10 @@ class FullDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
 
+    def writelines(self, parts):
+        for part in parts:
+            self.write(part)
+
     def __enter__(self):
         return self
 
@@ -561,13 +565,22 @@ class FullDisk:
         return getattr(self.file, name)
 
 
+def fill_disk(patch, writes):
+    """From now on the trainer's files are on a disk that is full after so many writes."""
+    left = iter(range(writes))
+
+    def open_file(path, mode="r"):
+        return FullDisk(open(path, mode), left) if mode == "wb" else open(path, mode)
+    patch.setattr(train_gpt2, "open", open_file, raising=False)
+
+
 @pytest.mark.parametrize("room", range(7))
 def test_full_disk(train, out, monkeypatch, room):
     """Writes: main.log; the model's header and weights; the state's header, m, v and seven arrays; the run."""
     train("-x 4 -n 2 -nk 1")
-    before, fdopen, writes = contents(out), os.fdopen, iter(range(2 * room))
+    before = contents(out)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdopen", lambda *args: FullDisk(fdopen(*args), writes))
+        fill_disk(patch, 2 * room)
         printed = train("-x 6 -n 2 -nk 1 -y 1", status=1)
     assert "No space left on device" in printed and str(out) in printed
     after = contents(out)
@@ -579,9 +592,8 @@ def test_full_disk(train, out, monkeypatch, room):
 def test_a_full_disk_is_made_room_on(train, out, tmp_path, monkeypatch):
     train(f"-x 6 -n 2 -nk 1 -o {tmp_path / 'whole'}")
     train("-x 4 -n 2 -nk 1")
-    fdopen, writes = os.fdopen, iter(range(5))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdopen", lambda *args: FullDisk(fdopen(*args), writes))
+        fill_disk(patch, 5)
         train("-x 6 -n 2 -nk 1 -y 1", status=1)
     train("-x 6 -n 2 -nk 1 -y 1")
     assert contents(out) == contents(tmp_path / "whole")
