@@ -1732,7 +1732,10 @@ def profile_kernels():
 
 
 def run_kernels(attention_first=False):
-    """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache."""
+    """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache.
+
+    attention_first: begin with the attention, else with the products, so that two processes compile different kernels
+    """
     model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16))
     model.init_random()
     model.allocate(1, 3)
