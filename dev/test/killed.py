@@ -67,7 +67,6 @@ def die_at(k, folder):
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.chmod", "os.truncate") and str(args[0]).startswith(folder):
             moment()
 
-
     def open_file(path, mode="r"):
         return open(path, mode) if mode in ("r", "rb") else Halves(open(path, mode), moment)
     sys.addaudithook(audit)
