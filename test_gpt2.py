@@ -14,7 +14,8 @@ import time
 
 import numpy as np
 
-from train_gpt2 import GPT2, HEADER_BYTES, Tensors, check_size, read_header
+from dev.run.files import HEADER_BYTES, check_size, read_header
+from train_gpt2 import GPT2, Tensors
 
 STATE_MAGIC = 20240327
 TINY = ("dev/test/gpt2_tiny.bin", "dev/test/gpt2_tiny_debug_state.bin")

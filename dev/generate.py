@@ -14,17 +14,9 @@ import os
 import sys
 import time
 
-from train_gpt2 import (
-    GPT2,
-    Sampler,
-    Tokenizer,
-    compile_kernels,
-    encode,
-    generate,
-    memory_plan,
-    model_config,
-    require_memory,
-)
+from dev.run.machine import require_memory
+from dev.run.text import Sampler, Tokenizer, encode, generate
+from train_gpt2 import GPT2, compile_kernels, memory_plan, model_config
 
 
 def parse_flags(argv):

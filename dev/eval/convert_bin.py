@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dev.data.data_common import atomic_write, run, show
-from train_gpt2 import HEADER_BYTES, MODEL_MAGIC, Tensors, model_config, parameter_table, read_header
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, read_header
+from train_gpt2 import Tensors, model_config, parameter_table
 
 VERSIONS = {"fp32": 3, "bf16": 5}
 

@@ -1,15 +1,15 @@
 """
 The command line of hellaswag.py and mmlu.py: the accuracy of a checkpoint on a multiple-choice evaluation set.
 
-A model's answer is the completion whose tokens have the lowest mean loss after the context. train_gpt2.py computes it,
-and reports the same during training (-h 1).
+train_gpt2.py reports the same during training (-h 1).
 """
 
 import argparse
 import os
 
 from dev.data.data_common import Progress, say
-from train_gpt2 import GPT2, read_examples, score
+from dev.run.multiple_choice import read_examples, score
+from train_gpt2 import GPT2
 
 
 def main(name, path):

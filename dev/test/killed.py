@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ |= {"NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}  # which a process may fork with
 
 import train_gpt2
+from dev.run import checkpoints, files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a process that kills itself just before its k-th change to the file system, or in the middle of it
@@ -64,13 +65,13 @@ def die_at(k, folder):
         left -= 1
 
     def audit(event, args):
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.chmod", "os.truncate") and str(args[0]).startswith(folder):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate") and str(args[0]).startswith(folder):
             moment()
 
     def open_file(path, mode="r"):
         return open(path, mode) if mode in ("r", "rb") else Halves(open(path, mode), moment)
     sys.addaudithook(audit)
-    os.fsync, train_gpt2.open = lambda descriptor: moment(), open_file
+    os.fsync, files.open, checkpoints.open = lambda descriptor: moment(), open_file, open_file
 
 
 def run(folder, flags, kill_at=None):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train_gpt2
+from dev.run import machine
 from train_gpt2 import GPT2, DataLoader
 
 FLOAT, COUNT = r"\d+\.\d+", r"\d+"
@@ -231,7 +232,7 @@ def test_batches_that_cannot_be(refused, flags, words):
 
 
 def test_more_memory_than_there_is(refused, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     refused("", "GiB of memory", "HINT")
 
 
@@ -248,8 +249,8 @@ def test_available_memory(monkeypatch, system, free):
             if str(path).endswith(name):
                 return io.StringIO(content)
         raise FileNotFoundError(path)
-    monkeypatch.setattr(train_gpt2, "open", open, raising=False)
-    assert train_gpt2.available_memory() == free
+    monkeypatch.setattr(machine, "open", open, raising=False)
+    assert machine.available_memory() == free
 
 
 @pytest.mark.parametrize("flags", ["-m 0 -v 1", "-m -2 -v 1", "-x -2", "-v -1", "-s -1"])

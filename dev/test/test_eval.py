@@ -7,7 +7,8 @@ import pytest
 
 from dev.data.data_common import write_evalfile
 from dev.eval import multiple_choice
-from train_gpt2 import GPT2, read_examples, score
+from dev.run.multiple_choice import read_examples, score
+from train_gpt2 import GPT2
 
 
 @pytest.fixture

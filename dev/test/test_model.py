@@ -11,7 +11,9 @@ import pytest
 from test_kernels import attention, close, cross_entropy, gelu, layernorm
 
 import train_gpt2 as t
-from train_gpt2 import GPT2, DataLoader, GPT2Config, Sampler, Tokenizer
+from dev.run.files import write_file
+from dev.run.text import Sampler, Tokenizer, generate
+from train_gpt2 import GPT2, DataLoader, GPT2Config
 
 HERE = Path(__file__).parent
 F32 = np.float32
@@ -206,7 +208,7 @@ def test_recomputing_changes_no_bit(config, B, T):
 def test_validation_and_sampling_do_not_disturb_training(tiny):
     def between(model):
         model.forward(*batch(model.config, 4, 50, seed=3), train=False)
-        list(t.generate(model, Sampler(), [7], 5))
+        list(generate(model, Sampler(), [7], 5))
         assert model.forward(inputs, targets, train=False) == model.forward(inputs, targets, train=False)
     inputs, targets = batch(GPT2.build(tiny).config, 2, 21)
     undisturbed = train_bits(GPT2.build(tiny), inputs, targets)
@@ -291,10 +293,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.bin"
     path.write_text("the old file")
     with pytest.raises(TypeError):
-        t.write_file(str(path), np.zeros(3), object())
+        write_file(str(path), np.zeros(3), object())
     assert path.read_text() == "the old file" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(OSError):
-        t.write_file(str(tmp_path / "missing" / "file.bin"), np.zeros(3))
+        write_file(str(tmp_path / "missing" / "file.bin"), np.zeros(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +419,7 @@ def test_reading_token_by_token_equals_reading_at_once():
 
 def test_generate_draws_from_the_model(tiny):
     model, sampler, tokens, start = GPT2.build(tiny), Sampler(), [3, 14], 0
-    generated = list(t.generate(model, Sampler(), [3, 14], 150))
+    generated = list(generate(model, Sampler(), [3, 14], 150))
     for token in generated:
         if len(tokens) - start > 64:  # no position left: the second half goes on
             start = len(tokens) - 32

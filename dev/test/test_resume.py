@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 import train_gpt2
+from dev.run import checkpoints, files
+from dev.run.text import Sampler
 from train_gpt2 import GPT2, DataLoader, scheduled_learning_rate, z_score
 
 resource = pytest.importorskip("resource", reason="Unix only, as are the signals")
@@ -199,9 +201,9 @@ def test_order_of_writing(train, out, monkeypatch):
     names = [event[2] for event in events if event[0] == "name" and event[2] != "main.log"]
     assert names == [name.format(step) for step in (2, 4) for name in (
         "model_{:08d}.bin", "state_{:08d}_00000.bin", "run_{:08d}.json", "DONE_{:08d}")]
-    for i, (what, *files) in enumerate(events):
+    for i, (what, *paths) in enumerate(events):
         if what == "name":
-            assert events[i - 1] == ("sync", files[0]) and events[i + 1] == ("sync", "out")
+            assert events[i - 1] == ("sync", paths[0]) and events[i + 1] == ("sync", "out")
     removed = [event for event in events if event[0] == "remove"]
     assert removed[0] == ("remove", "DONE_00000002") and len(removed) == 4
     first = events.index(removed[0])
@@ -226,7 +228,7 @@ def interrupt(patch, number, owner, name, call, times=1):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("owner, name, call, step", [
     (GPT2, "backward", 8, 4), (GPT2, "backward", 1, 1), (train_gpt2, "validate", 2, 5), (train_gpt2, "print_sample", 1, 3),
-    (train_gpt2, "write_file", 2, 4), (train_gpt2, "write_log", 1, 0), (GPT2, "backward", 24, 12),
+    (os, "replace", 2, 4), (train_gpt2, "write_log", 1, 0), (GPT2, "backward", 24, 12),
 ])
 def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owner, name, call, step):
     run = "-x 12 -v 5 -s 3 -g 3 -d 32 -n 4"
@@ -247,7 +249,7 @@ def test_interrupted_run_without_checkpoints(train, out, monkeypatch):
     assert complete(out) == [3]
 
 
-@pytest.mark.parametrize("owner, name, call", [(GPT2, "backward", 4), (train_gpt2, "write_file", 7), (os, "fsync", 16)])
+@pytest.mark.parametrize("owner, name, call", [(GPT2, "backward", 4), (os, "replace", 7), (os, "fsync", 16)])
 def test_a_second_signal_stops_at_once(train, out, monkeypatch, owner, name, call):
     interrupt(monkeypatch, signal.SIGINT, owner, name, call, times=2)
     with pytest.raises(SystemExit, match="130"):
@@ -340,7 +342,7 @@ def test_layout_of_a_state_file(train, out, tiny, shards):
         model.forward(*loader.next_batch())
         model.backward()
         model.update(1e-2)
-    sampler = train_gpt2.Sampler()
+    sampler = Sampler()
     for _ in range(14 * 4):  # steps 3, 6 … 39, and 41
         sampler.coin()
     expected = header(step=41, sampler=sampler.state, shard=order.shard, sample=order.sample)
@@ -361,7 +363,7 @@ def test_bytes_of_the_order_after(shards, batches):
     for _ in range(batches):
         loader.next_batch()
         order.draw()
-    assert b"".join(bytes(array) for array in loader.shuffle_state()) == order.pack()
+    assert b"".join(bytes(array) for array in checkpoints.shuffle_state(loader)) == order.pack()
     assert (loader.shard_index, loader.sample_index) == (order.shard, order.sample)
 
 
@@ -571,7 +573,8 @@ def fill_disk(patch, writes):
 
     def open_file(path, mode="r"):
         return FullDisk(open(path, mode), left) if mode == "wb" else open(path, mode)
-    patch.setattr(train_gpt2, "open", open_file, raising=False)
+    for module in files, checkpoints:
+        patch.setattr(module, "open", open_file, raising=False)
 
 
 @pytest.mark.parametrize("room", range(7))

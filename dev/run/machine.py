@@ -1,0 +1,67 @@
+"""
+What the operating system says and wants: processors, memory, signals.
+"""
+import math
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+
+def available_cpus():
+    """The number of processors that this process may use: its affinity, cut to the quota of its cgroup."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return max(1, min(cpus, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # not Linux, or no quota ("max")
+        return cpus
+
+
+def available_memory():
+    """Bytes of memory that this process can still get, or infinity where the system doesn't say"""
+    free = math.inf
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # not Linux, no cgroup, or no limit in it ("max")
+        pass
+    return free
+
+
+def require_memory(needed):
+    """ValueError if a run of so many bytes does not fit into memory"""
+    free = available_memory()
+    if needed > free:
+        raise ValueError(f"this run needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free\n"
+                         "---> HINT: use a smaller batch (-b), a shorter sequence (-t) or a smaller model (-e)")
+
+
+def peak_memory():
+    """The most memory that this process has held, in bytes; NaN where the system doesn't say"""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def stop_on_signals():
+    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
+    stop = SimpleNamespace(requested=False)
+
+    def request(number, frame):
+        if stop.requested:
+            sys.exit(130)
+        stop.requested = True
+        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() may be at work on its buffer
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request)
+    return stop

@@ -1,0 +1,60 @@
+"""
+Multiple choice, such as HellaSwag: a model's answer is the completion with the lowest mean loss after the context.
+"""
+import math
+import os
+
+import numpy as np
+
+from dev.run.files import EVAL_MAGIC, read_header
+
+HELLASWAG = "data/hellaswag/hellaswag_val.bin"
+
+
+def read_examples(path):
+    """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file"""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no evaluation set {path}\n---> HINT: python dev/data/hellaswag.py writes HellaSwag's")
+    with open(path, "rb") as file:
+        count = read_header(file, path, EVAL_MAGIC, (1,))[2]
+        words = np.fromfile(file, np.uint16).tolist()
+    examples, start = [], 0
+    for index in range(count):
+        # 65535, bytes, index, label, completions, then the context and each completion as its length and its tokens
+        try:
+            begins, size, _, label, completions = words[start:start + 5]
+            texts, at = [], start + 5
+            for _ in range(1 + completions):
+                texts.append(words[at + 1:at + 1 + words[at]])
+                at += 1 + words[at]
+            if begins != 65535 or 2 * (at - start) != size or at > len(words) or label >= completions or not all(texts):
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}: example {index} of {count} is damaged, or the file truncated\n"
+                             "---> HINT: write it again with the scripts in dev/data/") from None
+        examples.append((texts[0], texts[1:], label))
+        start = at
+    return examples
+
+
+def answer(model, context, completions):
+    """The number of the completion that the model finds likeliest. A context that is too long loses its beginning."""
+    maxT = model.config.max_seq_len
+    rows = [(context + completion)[-maxT - 1:] for completion in completions]
+    x = np.zeros((2, len(rows), max(map(len, rows)) - 1), np.int32)  # inputs, and targets: the inputs one token later
+    for r, row in enumerate(rows):
+        x[0, r, :len(row) - 1], x[1, r, :len(row) - 1] = row[:-1], row[1:]
+    model.forward(x[0], x[1], train=False)
+    losses = model.acts.losses.reshape(x.shape[1:])
+    return int(np.argmin([losses[r, max(0, len(row) - 1 - len(completion)):len(row) - 1].mean()
+                          for r, (row, completion) in enumerate(zip(rows, completions))]))
+
+
+def score(model, examples, progress=lambda done: None):
+    """(correct, accuracy, its standard error) of a model on read_examples()'s examples"""
+    correct = 0
+    for done, (context, completions, label) in enumerate(examples):
+        progress(done)
+        correct += answer(model, context, completions) == label
+    accuracy = correct / len(examples)
+    return correct, accuracy, math.sqrt(accuracy * (1 - accuracy) / len(examples))
