@@ -250,15 +250,10 @@ def pack(work, o, X, width):
 @inner
 def prefetch_part(X, part, parts):
     """Have one of `parts` equal parts of X come from memory: of its rows or its columns, whatever is contiguous"""
-    rows, depth = X.shape
-    if X.strides[1] == 4:
-        for r in range(part * rows // parts, (part + 1) * rows // parts):
-            for k in range(0, depth, 16):
-                prefetch(X, r, k)
-    else:
-        for k in range(part * depth // parts, (part + 1) * depth // parts):
-            for r in range(0, rows, 16):
-                prefetch(X, r, k)
+    X = X if X.strides[1] == 4 else X.T
+    for r in range(part * len(X) // parts, (part + 1) * len(X) // parts):
+        for k in range(0, X.shape[1], 16):
+            prefetch(X, r, k)
 
 
 SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see tile_product
