@@ -1147,6 +1147,106 @@ class GPT2:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# all kernels together: the peak that they are measured by, the time in each, and compiling them before a run
+
+@kernel
+def multiply_in_cache(work, repeats):
+    # the micro-kernel on panels that stay in the L1 cache: what MFU calls 100 %
+    for thread in prange(len(work)):
+        C = np.empty((MR, NR), np.float32)
+        for _ in range(repeats):
+            micro(C, 0, 0, work[thread], 0, PANEL_B, KC, False)
+
+
+def measure_peak(work):
+    """This machine's float32 FLOP/s on all threads: the best of many short loops in 0.3 s, since neighbours may disturb
+    some of them. NaN in plain Python"""
+    if numba.config.DISABLE_JIT:
+        return math.nan
+    work[:, :STRIPS] = 0
+    multiply_in_cache(work, 1)
+    best, repeats, end = math.inf, 4000, time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        multiply_in_cache(work, repeats)
+        best = min(best, time.perf_counter() - start)
+    return len(work) * repeats * 2 * MR * NR * KC / best
+
+
+def profile_kernels():
+    """Have every kernel count the time in it from now on. Returns {name: seconds}"""
+    seconds = Counter()
+
+    def timed(name, function):
+        def call(*args):
+            start = time.perf_counter()
+            result = function(*args)
+            seconds[name] += time.perf_counter() - start
+            return result
+        return call
+    for name, value in list(globals().items()):
+        if name.startswith("matmul_") or getattr(value, "targetoptions", {}).get("parallel"):
+            globals()[name] = timed(name, value)
+    return seconds
+
+
+def run_kernels(attention_first=False):
+    """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache.
+
+    attention_first: begin with the attention, else with the products, so that two processes compile different kernels
+    """
+    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16))
+    model.init_random()
+    model.allocate(1, 3)
+    tokens, acts, at = np.array([[1, 2, 3]], np.int32), model.acts, model.acts.layer(0)
+    if attention_first:
+        attention_forward(at.atty, at.lse, at.qkv, model.work)
+        attention_backward(acts.dqkv, acts.dbtc, at.atty, at.lse, at.qkv, model.work)
+    else:
+        model.classify(tokens[0], True)
+    model.read([1, 2])
+    model.read([3])
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(1e-4)
+    multiply_in_cache(model.work, 1)
+
+
+class Refusal(event.Listener):
+    """Installed, it raises LookupError where Numba begins to compile."""
+
+    def on_start(self, event):
+        raise LookupError
+
+    def on_end(self, event):
+        pass
+
+
+def compile_kernels(matmul="auto"):
+    """Have every kernel in the cache, and load it from there: compiling is not part of any step's time.
+
+    Where a kernel has just been compiled, Numba runs a version that its optimiser has been over once less than the
+    cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
+    the first run as in all later ones.
+    """
+    start, folder = time.perf_counter(), os.path.dirname(os.path.abspath(__file__))
+    sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # the name by which cached kernels know this module
+    try:
+        with event.install_listener("numba:compile", Refusal()):
+            run_kernels()
+    except LookupError:
+        print("compiling the kernels: about half a minute, in the first run only", flush=True)
+        command = (f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; "
+                   f"train_gpt2.choose_matmul({matmul!r}); train_gpt2.run_kernels")
+        processes = [subprocess.Popen([sys.executable, "-c", f"{command}({attention_first})"], stderr=subprocess.DEVNULL)
+                     for attention_first in (False, True)]
+        for process in processes:
+            process.wait()
+        run_kernels()
+    print(f"kernels: ready after {time.perf_counter() - start:.1f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # data loader: batches of tokens from shards
 
 class DataLoader:
@@ -1332,103 +1432,6 @@ def z_score(value, window):
     window.append(value)
     std = float(np.std(window))
     return math.nan if not full else (value - float(np.mean(window))) / std if std > 0 else 0.0
-
-
-@kernel
-def multiply_in_cache(work, repeats):
-    # the micro-kernel on panels that stay in the L1 cache: what MFU calls 100 %
-    for thread in prange(len(work)):
-        C = np.empty((MR, NR), np.float32)
-        for _ in range(repeats):
-            micro(C, 0, 0, work[thread], 0, PANEL_B, KC, False)
-
-
-def measure_peak(work):
-    """This machine's float32 FLOP/s on all threads: the best of many short loops in 0.3 s, since neighbours may disturb
-    some of them. NaN in plain Python"""
-    if numba.config.DISABLE_JIT:
-        return math.nan
-    work[:, :STRIPS] = 0
-    multiply_in_cache(work, 1)
-    best, repeats, end = math.inf, 4000, time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        multiply_in_cache(work, repeats)
-        best = min(best, time.perf_counter() - start)
-    return len(work) * repeats * 2 * MR * NR * KC / best
-
-
-def profile_kernels():
-    """Have every kernel count the time in it from now on. Returns {name: seconds}"""
-    seconds = Counter()
-
-    def timed(name, function):
-        def call(*args):
-            start = time.perf_counter()
-            result = function(*args)
-            seconds[name] += time.perf_counter() - start
-            return result
-        return call
-    for name, value in list(globals().items()):
-        if name.startswith("matmul_") or getattr(value, "targetoptions", {}).get("parallel"):
-            globals()[name] = timed(name, value)
-    return seconds
-
-
-def run_kernels(attention_first=False):
-    """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache.
-
-    attention_first: begin with the attention, else with the products, so that two processes compile different kernels
-    """
-    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16))
-    model.init_random()
-    model.allocate(1, 3)
-    tokens, acts, at = np.array([[1, 2, 3]], np.int32), model.acts, model.acts.layer(0)
-    if attention_first:
-        attention_forward(at.atty, at.lse, at.qkv, model.work)
-        attention_backward(acts.dqkv, acts.dbtc, at.atty, at.lse, at.qkv, model.work)
-    else:
-        model.classify(tokens[0], True)
-    model.read([1, 2])
-    model.read([3])
-    model.forward(tokens, tokens)
-    model.backward()
-    model.update(1e-4)
-    multiply_in_cache(model.work, 1)
-
-
-class Refusal(event.Listener):
-    """Installed, it raises LookupError where Numba begins to compile."""
-
-    def on_start(self, event):
-        raise LookupError
-
-    def on_end(self, event):
-        pass
-
-
-def compile_kernels(matmul="auto"):
-    """Have every kernel in the cache, and load it from there: compiling is not part of any step's time.
-
-    Where a kernel has just been compiled, Numba runs a version that its optimiser has been over once less than the
-    cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
-    the first run as in all later ones.
-    """
-    start, folder = time.perf_counter(), os.path.dirname(os.path.abspath(__file__))
-    sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # the name by which cached kernels know this module
-    try:
-        with event.install_listener("numba:compile", Refusal()):
-            run_kernels()
-    except LookupError:
-        print("compiling the kernels: about half a minute, in the first run only", flush=True)
-        command = (f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; "
-                   f"train_gpt2.choose_matmul({matmul!r}); train_gpt2.run_kernels")
-        processes = [subprocess.Popen([sys.executable, "-c", f"{command}({attention_first})"], stderr=subprocess.DEVNULL)
-                     for attention_first in (False, True)]
-        for process in processes:
-            process.wait()
-        run_kernels()
-    print(f"kernels: ready after {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def validate(model, loader, batches):
