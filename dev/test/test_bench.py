@@ -26,13 +26,19 @@ def measure(tiny, tmp_path):
 
 def test_sections(measure, capsys):
     measure("--only", "memory", "--shapes", "2x8")
-    results = measure("--only", "kernels,steps,curve,threads,sampling")
-    assert {"machine", "ceilings", "memory", "kernels", "steps", "curve", "threads", "sampling"} <= set(results)
+    results = measure("--only", "kernels,steps,curve,threads,adamw,sampling")
+    assert {"machine", "ceilings", "memory", "kernels", "steps", "curve", "threads", "adamw", "sampling"} <= set(results)
     for section in bench.SECTIONS:
         for row in results.get(section, []):
             assert all(math.isfinite(x) and (x > 0 or key == "share") for key, x in row.items() if isinstance(x, float)), row
     assert [(row["B"], row["T"]) for row in results["steps"]] == [(2, 8), (4, 16)]
     assert [row["B"] * row["T"] for row in results["curve"]] == [16, 32, 64]
+    for row in results["adamw"][0], results["sampling"][0]:  # to a ceiling of their own
+        assert row["unit"] == "GB/s" and 0 < row["percent"] < 1000
+    assert results["adamw"][0]["ratio"] == pytest.approx(100 / results["adamw"][0]["percent"], rel=1e-3)
+    drawn = results["sampling"][0]
+    assert drawn["tokens_per_second"] == pytest.approx(1000 / drawn["ms"], rel=0.01)
+    assert drawn["percent"] == pytest.approx(100 * drawn["tokens_per_second"] / drawn["limit"], rel=1e-3)
     seen = {row["what"].split()[0] for section in ("kernels", "sampling") for row in results[section] if "calls" in row}
     assert seen == set(bench.COST)
     for B, T in (2, 8), (4, 16):
