@@ -34,6 +34,7 @@ def newest_checkpoint(folder):
 
 
 def write_run_checkpoint(folder, step, model, loader, sampler, windows):
+    """Write all that a run needs to go on. windows: the last losses and gradient norms, two deques"""
     done, model_path, state_path, run_path = checkpoint_files(folder, step)
     model.write_checkpoint(model_path)
     header = np.zeros(256, np.int32)
@@ -98,8 +99,7 @@ def read_run_checkpoint(folder, step, model, loader, sampler, windows):
 
 
 def restore(loader, shard_index, sample_index, state):
-    """Take a data loader to where shuffle_state() was taken. state: its bytes. Returns False where they do
-    not fit its shards."""
+    """Take a data loader to where shuffle_state() was called. state: its bytes. False where they don't fit its shards"""
     shards, words = len(loader.files), np.frombuffer(state[:len(state) // 4 * 4], np.uint32)
     if shard_index >= shards:
         return False
