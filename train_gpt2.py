@@ -1238,8 +1238,8 @@ def compile_kernels(matmul="auto"):
         print("compiling the kernels: about half a minute, in the first run only", flush=True)
         command = (f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; "
                    f"train_gpt2.choose_matmul({matmul!r}); train_gpt2.run_kernels")
-        processes = [subprocess.Popen([sys.executable, "-c", f"{command}({attention_first})"], stderr=subprocess.DEVNULL)
-                     for attention_first in (False, True)]
+        processes = [subprocess.Popen([sys.executable, "-c", f"{command}({first})"], stderr=subprocess.DEVNULL)
+                     for first in (False, True)]
         for process in processes:
             process.wait()
         run_kernels()

@@ -99,7 +99,7 @@ def read_run_checkpoint(folder, step, model, loader, sampler, windows):
 
 
 def restore(loader, shard_index, sample_index, state):
-    """Take a data loader to where shuffle_state() was called. state: its bytes. False where they don't fit its shards"""
+    """Take a data loader to where shuffle_state() was called. state: its bytes. False where they do not fit it"""
     shards, words = len(loader.files), np.frombuffer(state[:len(state) // 4 * 4], np.uint32)
     if shard_index >= shards:
         return False
