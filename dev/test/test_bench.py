@@ -39,6 +39,8 @@ def test_sections(measure, capsys):
     drawn = results["sampling"][0]
     assert drawn["tokens_per_second"] == pytest.approx(1000 / drawn["ms"], rel=0.01)
     assert drawn["percent"] == pytest.approx(100 * drawn["tokens_per_second"] / drawn["limit"], rel=1e-3)
+    kernels = sum(row["ms"] for row in results["sampling"] if "calls" in row)
+    assert 0.1 < drawn["ms"] / kernels < 100  # of one token, not of the many between two pauses
     seen = {row["what"].split()[0] for section in ("kernels", "sampling") for row in results[section] if "calls" in row}
     assert seen == set(bench.COST)
     for B, T in (2, 8), (4, 16):
