@@ -20,8 +20,9 @@ import pytest
 
 import train_gpt2
 from dev.run import checkpoints, files
+from dev.run.schedule import scheduled_learning_rate, z_score
 from dev.run.text import Sampler
-from train_gpt2 import GPT2, DataLoader, scheduled_learning_rate, z_score
+from train_gpt2 import GPT2, DataLoader
 
 resource = pytest.importorskip("resource", reason="Unix only, as are the signals")
 SHARDS = 300, 100, 10, 170  # tokens; the third is too short for a batch
