@@ -24,7 +24,6 @@ if "numba" not in sys.modules:  # both libraries read these once, when they are 
     # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import argparse
 import glob
 import math
 import platform
@@ -45,6 +44,7 @@ from numba.extending import intrinsic
 
 from dev.run.checkpoints import begin_log, newest_checkpoint, open_output, read_run_checkpoint, save, write_log
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header, write_file
+from dev.run.flags import parse_flags
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
 from dev.run.schedule import scheduled_learning_rate, z_score
 from dev.run.text import Sampler, Tokenizer, encode, print_sample
@@ -1331,84 +1331,6 @@ def shuffle(items, random):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
-
-def parse_flags(argv):
-    """The flags as attributes, and the micro-batches of a step. ValueError for values that make no sense"""
-    parser = argparse.ArgumentParser(
-        "train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-        description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 is off wherever one says `every`.")
-    ranges = {}
-
-    def flag(names, default, text, kind=None, least=0, below=math.inf, **more):
-        action = parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
-        ranges[action.dest] = least, below
-    parser.add_argument("--help", action="help", help="show this help")
-    # data and model
-    flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
-    flag("-j --input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")
-    flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768 ...")
-    # output folder and checkpoints
-    flag("-o --output_dir", None, "folder for main.log and checkpoints", str)
-    flag("-n --checkpoint_every", 0, "write a checkpoint every so many steps, and at the end")
-    flag("-nk --checkpoints_keep", 0, "keep the newest so many, 0 = all")
-    flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
-    flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
-    # batch
-    flag("-b --batch_size", 4, "sequences in a micro-batch", least=1)
-    flag("-t --sequence_length", 64, "tokens in a sequence", least=1)
-    flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t means gradient accumulation", int)
-    # optimisation
-    flag("-x --num_iterations", 40, "steps, -1 = one epoch", least=-1)
-    flag("-k --lr_scheduler", "cosine", "learning rate schedule", choices=("cosine", "linear", "constant", "wsd"))
-    flag("-l --learning_rate", 1e-4, "the highest learning rate")
-    flag("-u --warmup_iters", 0, "steps in which the learning rate rises to it")
-    flag("-q --learning_rate_decay_frac", 1.0, "the final learning rate, as a fraction of it")
-    flag("-c --weight_decay", 0.0, "AdamW's weight decay, on matrices only")
-    flag("--beta1", 0.9, "AdamW's decay of the first moment", below=1)
-    flag("--beta2", 0.999, "AdamW's decay of the second moment", below=1)
-    flag("--eps", 1e-8, "AdamW's epsilon")
-    flag("--grad_clip", 0.0, "scale gradients down to this global norm, 0 = never")
-    flag("-sl --skip_update_lossz", 0.0, "skip an update whose loss is so many standard deviations too high, 0 = never")
-    flag("-sg --skip_update_gradz", 0.0, "the same for the gradient norm")
-    flag("-a --overfit_single_batch", 0, "1: train on the first batch only", choices=(0, 1))
-    flag("-r --recompute", 1, "what the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
-    # once in a while
-    flag("-v --val_loss_every", 10, "estimate the validation loss every so many steps")
-    flag("-m --val_max_steps", 5, "batches of such an estimate, -1 = all", least=-1)
-    flag("-s --sample_every", 20, "write a text every so many steps")
-    flag("-g --gen_tokens", 64, "tokens of such a text", least=1)
-    flag("--prompt", "", "how the text begins")
-    flag("--temperature", 1.0, "below 1 likely tokens become more likely, 0 = always the most likely one")
-    flag("--top_k", 0, "draw from the k most likely tokens, 0 = all")
-    flag("--top_p", 0.0, "draw from the most likely tokens that have this probability together, 0 = all")
-    flag("--seed", 1337, "of the sampler")
-    # HellaSwag
-    flag("-h --hellaswag_eval", 0, "1: HellaSwag's accuracy with every validation", choices=(0, 1))
-    flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
-    # the machine
-    flag("--matmul", "auto", "matrix products by our kernels or by NumPy's BLAS", choices=("auto", "numba", "blas"))
-    flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
-    ignored = ["-f", "-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
-    for name in ignored:
-        parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    flags = parser.parse_args(argv)
-    flags.ignored = [name for name in ignored if hasattr(flags, name.strip("-"))]
-    for name, (least, below) in ranges.items():
-        value = getattr(flags, name)
-        if isinstance(value, (int, float)) and not least <= value < below:
-            raise ValueError(f"--{name} must lie in [{least}, {below}), not be {value}")
-    if flags.val_max_steps == 0:
-        raise ValueError("-m 0 leaves nothing to estimate\n---> HINT: -v 0 turns validation off")
-    if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
-        raise ValueError("checkpoints need a folder\n---> HINT: name one with -o")
-    tokens = flags.batch_size * flags.sequence_length
-    flags.total_batch_size = flags.total_batch_size or tokens
-    flags.micro_batches = flags.total_batch_size // tokens
-    if flags.total_batch_size % tokens:
-        raise ValueError(f"a total batch of {flags.total_batch_size:,} tokens is not a multiple of the {tokens:,} of a "
-                         f"micro-batch\n---> HINT: use -d {max(1, round(flags.total_batch_size / tokens)) * tokens}")
-    return flags
-
 
 def validate(model, loader, batches):
     """The mean loss of the loader's first `batches` batches"""

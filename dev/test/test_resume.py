@@ -20,6 +20,7 @@ import pytest
 
 import train_gpt2
 from dev.run import checkpoints, files
+from dev.run.flags import parse_flags
 from dev.run.schedule import scheduled_learning_rate, z_score
 from dev.run.text import Sampler
 from train_gpt2 import GPT2, DataLoader
@@ -699,7 +700,7 @@ def learning_rate(kind, peak, final, warmup, N, s):
 @pytest.mark.parametrize("warmup, N", [(0, 1), (0, 100), (1, 100), (10, 100), (90, 100), (700, 18865), (100, 100), (7, 9)])
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_schedules(kind, warmup, N, final):
-    flags = train_gpt2.parse_flags(f"-k {kind} -u {warmup} -q {final} -l 6e-4".split())
+    flags = parse_flags(f"-k {kind} -u {warmup} -q {final} -l 6e-4".split())
     for step in {0, max(0, warmup - 1), min(warmup, N - 1), N // 2, int(0.8 * N) - (N > 1), int(0.8 * N), N - 1}:
         expected = learning_rate(kind, 6e-4, final, warmup, N, step)
         assert scheduled_learning_rate(flags, step, N) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
@@ -707,7 +708,7 @@ def test_schedules(kind, warmup, N, final):
 
 def test_known_points_of_the_schedules():
     def rate(text, step, steps=100):
-        return scheduled_learning_rate(train_gpt2.parse_flags(f"-l 1 {text}".split()), step, steps)
+        return scheduled_learning_rate(parse_flags(f"-l 1 {text}".split()), step, steps)
     assert rate("-u 10 -q 0", 0) == 0.1 and rate("-u 10 -q 0", 9) == rate("-u 10 -q 0", 10) == 1
     assert rate("-u 10 -q 0", 55) == pytest.approx(0.5) and rate("-u 10 -q 0.2", 55) == pytest.approx(0.6)
     assert rate("-k linear -q 0", 25) == 0.75 and rate("-k linear -q 0.5", 50) == 0.75
@@ -757,10 +758,10 @@ LLMC_GPT3 = "-k cosine -ge 1 -nk 5 -nm 50000 -sl 7.0 -sg 7.0 -x 572204 -e gpt3:c
 
 
 def test_arguments_of_llmc():
-    flags = train_gpt2.parse_flags(LLMC.split())
+    flags = parse_flags(LLMC.split())
     assert (flags.micro_batches, flags.warmup_iters, flags.model, flags.resume) == (8, 700, "d12", 1)
     assert (flags.learning_rate, flags.learning_rate_decay_frac, flags.weight_decay) == (0.0006, 0, 0.1)
-    flags = train_gpt2.parse_flags(LLMC_GPT3.split())
+    flags = parse_flags(LLMC_GPT3.split())
     assert (flags.checkpoints_keep, flags.major_checkpoint_every, flags.skip_update_gradz) == (5, 50000, 7)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt2
+from dev.run.flags import parse_flags
 
 SCRIPTS = sorted(Path(__file__).parents[1].glob("scripts/*.sh"))
 # (tokens of a step, steps, peak learning rate, its final fraction, warm-up) in llm.c's scripts of the same names
@@ -43,7 +44,7 @@ def test_there_are_scripts():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_script(script, commands):
     assert os.access(script, os.X_OK)
-    runs = [train_gpt2.parse_flags(words[1:]) for words in commands(script, "-s", "7") if words[0] == "train_gpt2.py"]
+    runs = [parse_flags(words[1:]) for words in commands(script, "-s", "7") if words[0] == "train_gpt2.py"]
     assert len(runs) == (5 if script.stem == "sweep_lr" else 1)
     flops = 0
     for flags in runs:
