@@ -40,7 +40,7 @@ import numpy as np
 from numba import prange
 
 import train_gpt2 as t
-from dev.run.files import write_file
+from dev.run.files import SHARD_MAGIC, write_file
 from dev.run.machine import available_cpus, peak_memory
 from dev.run.text import Sampler, generate
 
@@ -253,7 +253,7 @@ def took(line):
 
 def write_shard(path, tokens):
     header = np.zeros(256, np.int32)
-    header[:3] = t.SHARD_MAGIC, 1, tokens.size
+    header[:3] = SHARD_MAGIC, 1, tokens.size
     write_file(path, header, tokens.astype(np.uint16))
 
 
