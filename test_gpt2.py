@@ -14,8 +14,9 @@ import time
 
 import numpy as np
 
+from dev.run.engine import Tensors
 from dev.run.files import HEADER_BYTES, check_size, read_header
-from train_gpt2 import GPT2, Tensors
+from train_gpt2 import build
 
 STATE_MAGIC = 20240327
 TINY = ("dev/test/gpt2_tiny.bin", "dev/test/gpt2_tiny_debug_state.bin")
@@ -30,16 +31,16 @@ GRADIENT_BOUND = 1e-4  # of a tensor: norm of the difference relative to the nor
 STEPS_BOUND = 1e-4     # difference of each of the ten losses
 
 
-def read_state(path, model):
+def read_state(path, engine):
     """Inputs, targets (B, T), logits (B*T, V), loss and gradients from a debug state; ValueError if it isn't whole."""
-    V = model.config.vocab_size
+    V, N = engine.config.vocab_size, engine.num_parameters
     with open(path, "rb") as file:
         B, T = (int(n) for n in read_header(file, path, STATE_MAGIC, (2,))[2:4])
-        check_size(path, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + model.num_parameters))
+        check_size(path, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + N))
         x, y = (np.fromfile(file, np.int32, B * T).reshape(B, T) for _ in range(2))
         logits = np.fromfile(file, np.float32, B * T * V).reshape(B * T, V)
         loss = float(np.fromfile(file, np.float32, 1)[0])
-        return x, y, logits, loss, Tensors(np.fromfile(file, np.float32, model.num_parameters), model.table)
+        return x, y, logits, loss, Tensors(np.fromfile(file, np.float32, N), engine.table)
 
 
 def check_tensor(name, ours, theirs):
@@ -58,12 +59,13 @@ def check_tensor(name, ours, theirs):
 
 def check(model_path, state_path):
     """Run the whole comparison for one model; True if everything is within its bounds."""
-    model = GPT2.build(model_path)
-    x, y, expected_logits, expected_loss, expected_grads = read_state(state_path, model)
-    print(f"{model_path}: {model.num_parameters:,} parameters, B = {x.shape[0]}, T = {x.shape[1]}")
+    engine = build(model_path)
+    x, y, expected_logits, expected_loss, expected_grads = read_state(state_path, engine)
+    print(f"{model_path}: {engine.num_parameters:,} parameters, B = {x.shape[0]}, T = {x.shape[1]}")
 
-    model.forward(x)
-    max_diff = max(float(np.abs(model.logits(i) - row).max()) for i, row in enumerate(expected_logits))
+    engine.prepare(*x.shape)
+    engine.forward(x)
+    max_diff = max(float(np.abs(engine.logits(i) - row).max()) for i, row in enumerate(expected_logits))
     ok = max_diff < LOGITS_BOUND
     print(f"{'OK' if ok else 'NOT OK'} (LOGITS), max_diff = {max_diff:e}")
 
@@ -78,18 +80,19 @@ def check(model_path, state_path):
                                 "---> HINT: dev/train_gpt2_torch.py writes it beside the debug state")
     for step, expected in enumerate(losses):
         start = time.perf_counter()
-        loss = model.forward(x, y)
-        model.backward()
+        loss = float(engine.forward(x, y))
+        engine.backward()
         if step == 0:
             loss_ok = abs(loss - expected_loss) <= LOSS_BOUND * abs(expected_loss)
             print(f"LOSS {'OK' if loss_ok else 'NOT OK'}: {loss:f} {expected_loss:f}")
             ok &= loss_ok
-            for name, _ in model.table:
-                ok &= check_tensor(f"d{name}", getattr(model.grads, name), getattr(expected_grads, name))
-            padding_ok = not model.grads.wte[model.config.vocab_size:].any()
+            grads = engine.host("grads")
+            for name, _ in engine.table:
+                ok &= check_tensor(f"d{name}", getattr(grads, name), getattr(expected_grads, name))
+            padding_ok = not grads.wte[engine.config.vocab_size:].any()
             print(f"PADDING OF wte {'OK' if padding_ok else 'NOT OK'}")
             ok &= padding_ok
-        model.update(**settings)
+        engine.update(step, **settings)
         step_ok = abs(loss - expected) < STEPS_BOUND
         print(f"step {step}: loss {loss:f} (took {(time.perf_counter() - start) * 1000:f} ms) OK = {int(step_ok)}")
         ok &= step_ok

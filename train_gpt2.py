@@ -13,25 +13,18 @@ no GPU, and float32 is the only type that is computed with.
     python train_gpt2.py --help                      the flags
     OMP_NUM_THREADS=8 python train_gpt2.py -b 8      threads, batch size
 """
-import os
-import sys
-
-from dev.run.machine import available_cpus, peak_memory, require_memory, stop_on_signals
-
-if "numba" not in sys.modules:  # both libraries read these once, when they are imported
-    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or str(available_cpus())
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.setdefault("NUMBA_NUM_THREADS", threads))
-    # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import contextlib
+import functools
 import glob
+import importlib
+import inspect
 import math
+import os
 import platform
 import subprocess
+import sys
 import time
-from collections import Counter, deque
 from dataclasses import dataclass
-from datetime import timedelta
 from types import SimpleNamespace
 
 import numba
@@ -42,12 +35,16 @@ from numba.core import cgutils, event
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import begin_log, newest_checkpoint, open_output, read_run_checkpoint, save, write_log
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header, write_file
+from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, save
+from dev.run.engine import DECAYED, Engine, Tensors, aligned, size_of
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
+from dev.run.machine import peak_memory, require_memory, stop_on_signals, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
-from dev.run.schedule import scheduled_learning_rate, z_score
-from dev.run.text import Sampler, Tokenizer, encode, print_sample
+from dev.run.processes import ALONE
+from dev.run.report import Report
+from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
+from dev.run.text import Sampler, Tokenizer, encode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -70,7 +67,7 @@ E2, E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
 EXP_MIN, EXP_MAX = np.float32(-87), np.float32(88)
 INT_MIN, SIGN_SHIFT, MAGNITUDE = np.int32(-2**31), np.int32(31), np.int32(2**31 - 1)
 
-NOTHING, NO_BIAS = np.empty((0, 0), np.float32), np.empty(0, np.float32)  # for optional arguments of kernels
+NOTHING = np.empty((1, 0), np.float32)  # for a kernel's optional matrices; for its optional vectors, NOTHING[0]
 
 
 @exact
@@ -122,8 +119,8 @@ MR, NV = (8, 2) if VL == 16 else (4, 4) if platform.machine().lower() in ("arm64
 NR = NV * VL                       # a multiple of MR, and a divisor of GPT-2's sizes
 KC = 256                           # the panel of B has 12 to 32 kB: it stays in the L1 cache
 MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
-PANEL_B = MC * KC                  # offset of the panel of B in a thread's scratch memory, behind the block of A
-STRIPS = PANEL_B + KC * NR         # offset of attention's strips
+PANEL_B = MC * KC                  # offset of the panel of B in a thread's packed panels, behind the block of A
+PANELS = PANEL_B + KC * NR         # floats of them all
 
 f32, i32, i64, i8p = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
@@ -166,13 +163,13 @@ def pick_lanes(builder, x, y, lanes):
 
 
 @intrinsic
-def micro(typingctx, C, i, j, work, a, b, kc, add):
-    """C[i:i+MR, j:j+NR] (+)= the packed panel of A at work[a:] times that of B at work[b:], kc deep: a multiple of 4"""
+def micro(typingctx, C, i, j, panels, a, b, kc, add):
+    """C[i:i+MR, j:j+NR] (+)= the panel of A at panels[a:] times that of B at panels[b:], kc deep: a multiple of 4"""
     def codegen(context, builder, sig, args):
-        C, i, j, work, a, b, kc, add = args
+        C, i, j, panels, a, b, kc, add = args
         c, (row_bytes, _) = element_pointer(context, builder, sig.args[0], C, i, j)
-        a, _ = element_pointer(context, builder, sig.args[3], work, a)
-        b, _ = element_pointer(context, builder, sig.args[3], work, b)
+        a, _ = element_pointer(context, builder, sig.args[3], panels, a)
+        b, _ = element_pointer(context, builder, sig.args[3], panels, b)
         row = row_pointers(builder, c, row_bytes)
         vector = ir.VectorType(f32, VL)
         fma_type = ir.FunctionType(vector, [vector] * 3)
@@ -198,7 +195,7 @@ def micro(typingctx, C, i, j, work, a, b, kc, add):
                 before = builder.select(add, vector_load(builder, p, VL), zero)
                 vector_store(builder, builder.fadd(before, builder.load(sums[r][v])), p)
         return context.get_dummy_value()
-    return types.void(C, types.intp, types.intp, work, types.intp, types.intp, types.intp, types.boolean), codegen
+    return types.void(C, types.intp, types.intp, panels, types.intp, types.intp, types.intp, types.boolean), codegen
 
 
 @intrinsic
@@ -235,17 +232,17 @@ def prefetch(typingctx, X, i, j):
 
 
 @inner
-def pack(work, o, X, width):
-    """work[o + k*width + r] = X[r, k], with zeros for r up to the panel's width and k up to a multiple of 4."""
+def pack(panels, o, X, width):
+    """panels[o + k*width + r] = X[r, k], with zeros for r up to the panel's width and k up to a multiple of 4."""
     rows, depth = X.shape
     done = depth // MR * MR if rows == width else 0
     for k0 in range(0, done, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
         for r in range(0, width, MR):
             for k in range(k0, min(done, k0 + 16), MR):
-                pack_square(work, o + k * width + r, width, X, r, k)
+                pack_square(panels, o + k * width + r, width, X, r, k)
     for k in range(done, (depth + 3) // 4 * 4):
         for r in range(width):
-            work[o + k * width + r] = X[r, k] if r < rows and k < depth else ZERO
+            panels[o + k * width + r] = X[r, k] if r < rows and k < depth else ZERO
 
 
 @inner
@@ -261,8 +258,8 @@ SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see ti
 
 
 @inner
-def tile_product(C, A, B, add, work, triangle=0, d=0):
-    """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; work is scratch memory.
+def tile_product(C, A, B, add, panels, triangle=0, d=0):
+    """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; panels (PANELS,): scratch memory.
 
     triangle: SCORES = nobody needs C[r, c] with c > r + d; LOWER, UPPER = A[r, k] is 0 where k > r + d, k < r + d.
     """
@@ -274,9 +271,9 @@ def tile_product(C, A, B, add, work, triangle=0, d=0):
         depth = (k1 - k0 + 3) // 4 * 4
         adding = add or k0 > 0
         for i in range(0, M, MR):
-            pack(work, i * KC, A[i:i + MR, k0:k1], MR)
+            pack(panels, i * KC, A[i:i + MR, k0:k1], MR)
         for j in range(0, N, NR):
-            pack(work, PANEL_B, B[k0:k1, j:j + NR].T, NR)
+            pack(panels, PANEL_B, B[k0:k1, j:j + NR].T, NR)
             following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + KC, :NR]).T
             for i in range(0, M, MR):
                 prefetch_part(following, i // MR, (M + MR - 1) // MR)
@@ -289,9 +286,9 @@ def tile_product(C, A, B, add, work, triangle=0, d=0):
                     begin = max(0, min(depth, (i + d - k0) // 4 * 4))
                 a, b = i * KC + begin * MR, PANEL_B + begin * NR
                 if i + MR <= M and j + NR <= N:
-                    micro(C, i, j, work, a, b, end - begin, adding)
+                    micro(C, i, j, panels, a, b, end - begin, adding)
                 else:
-                    micro(edge, 0, 0, work, a, b, end - begin, False)
+                    micro(edge, 0, 0, panels, a, b, end - begin, False)
                     for r in range(min(MR, M - i)):
                         for c in range(min(NR, N - j)):
                             C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
@@ -310,7 +307,7 @@ def take(typingctx, counter):
 
 
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
-    def tile_product(C, A, B, add, work, triangle=0, d=0):
+    def tile_product(C, A, B, add, panels, triangle=0, d=0):
         C[:] = A @ B + C if add else A @ B
 
     def take(counter):
@@ -458,9 +455,9 @@ def sum_rows(dbias, dout, o0, o1, add):
 
 
 @kernel
-def matmul_forward(out, act, inp, weight, bias, residual, work):
+def matmul_forward(out, act, inp, weight, bias, residual, panels):
     # out (B*T, OC) = inp (B*T, C) @ weight (OC, C).T + bias (OC,) + residual (B*T, OC); act (B*T, OC) = gelu(out)
-    # bias, residual and act may be empty: then they are left out. work (threads, scratch memory)
+    # bias, residual and act may be empty: then they are left out. panels (threads, PANELS)
     BT, OC = out.shape
     if BT == 1:  # a matrix times a vector: each weight is used once, so all that counts is to read them in order
         for block in prange((OC + 15) // 16):
@@ -473,34 +470,34 @@ def matmul_forward(out, act, inp, weight, bias, residual, work):
                 out[0, o] = total
             finish_row(out, act, bias, residual, 0, o0, o1)
         return
-    tiles, counter = cut(BT, OC, len(work)), np.zeros(1, np.int64)
-    for thread in prange(len(work)):
+    tiles, counter = cut(BT, OC, len(panels)), np.zeros(1, np.int64)
+    for thread in prange(len(panels)):
         tile = take(counter)
         while tile < len(tiles):
             i0, i1, o0, o1 = tiles[tile]
-            tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, work[thread])
+            tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, panels[thread])
             for i in range(i0, i1):  # while the tile is in the cache
                 finish_row(out, act, bias, residual, i, o0, o1)
             tile = take(counter)
 
 
 @kernel
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
     # dinp (B*T, C) = dout @ weight; dweight (OC, C) (+)= dout.T @ inp; dbias (OC,) (+)= dout's sums over the rows
     # dout (B*T, OC), inp (B*T, C), weight (OC, C); dbias may be empty; add: whether dweight and dbias are added to
     BT, C = inp.shape
     OC = dout.shape[1]
-    dinp_tiles, dweight_tiles = cut(BT, C, len(work)), cut(OC, C, len(work))
+    dinp_tiles, dweight_tiles = cut(BT, C, len(panels)), cut(OC, C, len(panels))
     counter = np.zeros(1, np.int64)
-    for thread in prange(len(work)):
+    for thread in prange(len(panels)):
         tile = take(counter)
         while tile < len(dinp_tiles) + len(dweight_tiles):
             if tile < len(dinp_tiles):
                 i0, i1, j0, j1 = dinp_tiles[tile]
-                tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, work[thread])
+                tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, panels[thread])
             else:
                 o0, o1, j0, j1 = dweight_tiles[tile - len(dinp_tiles)]
-                tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, work[thread])
+                tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, panels[thread])
                 if dbias.size and j0 == 0:
                     sum_rows(dbias, dout, o0, o1, add)
             tile = take(counter)
@@ -520,12 +517,12 @@ def bias_backward(dbias, dout, add):
         sum_rows(dbias, dout, block * 64, min(dbias.size, block * 64 + 64), add)
 
 
-def blas_forward(out, act, inp, weight, bias, residual, work):
+def blas_forward(out, act, inp, weight, bias, residual, panels):
     np.matmul(inp, weight.T, out=out)
     finish_rows(out, act, bias, residual)
 
 
-def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
+def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
     np.matmul(dout, weight, out=dinp)
     if add:
         dweight += dout.T @ inp
@@ -534,32 +531,15 @@ def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, work):
     bias_backward(dbias, dout, add)
 
 
-def choose_matmul(backend):
-    """Have all products done by `numba`, by `blas`, or by what is faster here (`auto`). Returns a line about it."""
-    global matmul_forward, matmul_backward
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
-    if backend == "blas" or backend == "auto" and "accelerate" in blas.lower():  # it has matrix units that LLVM hasn't
-        matmul_forward, matmul_backward = blas_forward, blas_backward
-        return f"NumPy's BLAS ({blas})"
-    return f"Numba, {MR} x {NR} micro-kernel, {VL * 32}-bit vectors"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # attention (Vaswani et al. 2017), causal, several heads: out = softmax(q k^T / sqrt(hs)) v for each head
 #
 # No (T, T) matrix is ever stored. A thread takes a strip of STRIP queries at a time and holds its probabilities,
-# (STRIP, T), in scratch memory that stays in the cache; a row's log-sum-exp is all that the backward pass needs to
-# compute them again.
+# (STRIP, T), in scratch memory that stays in the cache, its part of strips (threads, 2, STRIP, T + STRIP_GAP); a row's
+# log-sum-exp is all that the backward pass needs to compute them again.
 
 STRIP = 128
 STRIP_GAP = 16  # floats between a strip's rows: at multiples of 4 kB, a column's cache lines would drive each other out
-
-
-@inner
-def strip(work, n, T):
-    """Number n of a thread's two strips in its scratch memory, (STRIP, T + STRIP_GAP)"""
-    size = STRIP * (T + STRIP_GAP)
-    return work[STRIPS + n * size:STRIPS + (n + 1) * size].reshape((STRIP, T + STRIP_GAP))
 
 
 @inner
@@ -571,23 +551,23 @@ def heads(qkv, b, h, T, hs):
 
 
 @kernel
-def attention_forward(out, lse, qkv, work):
+def attention_forward(out, lse, qkv, panels, strips):
     # out (B*T, C); lse (B, NH, T) log-sum-exp of each row of scores, kept for the backward pass; qkv (B*T, 3*C)
     B, NH, T = lse.shape
     hs = out.shape[1] // NH
     scale = ONE / np.sqrt(np.float32(hs))
-    strips, counter = (T + STRIP - 1) // STRIP, np.zeros(1, np.int64)
-    for thread in prange(len(work)):
-        scores = strip(work[thread], 0, T)
+    parts, counter = (T + STRIP - 1) // STRIP, np.zeros(1, np.int64)  # parts: strips of a head
+    for thread in prange(len(panels)):
+        scores = strips[thread, 0]
         item = take(counter)
-        while item < strips * B * NH:
-            b, h, t0 = item // NH % B, item % NH, (strips - 1 - item // (B * NH)) * STRIP
+        while item < parts * B * NH:
+            b, h, t0 = item // NH % B, item % NH, (parts - 1 - item // (B * NH)) * STRIP
             t1 = min(T, t0 + STRIP)
             q, k, v = heads(qkv, b, h, T, hs)
             y = out[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
             att, sums = scores[:t1 - t0, :t1], np.empty(STRIP, np.float32)
             # pass 1: scores = q @ k.T
-            tile_product(att, q[t0:t1], k[:t1].T, False, work[thread], SCORES, t0)
+            tile_product(att, q[t0:t1], k[:t1].T, False, panels[thread], SCORES, t0)
             for t in range(t0, t1):
                 row = scores[t - t0]
                 # passes 2 and 3: the maximum, exponentials and their sum; 0 for what lies in the future
@@ -595,7 +575,7 @@ def attention_forward(out, lse, qkv, work):
                 row[t + 1:t1] = ZERO
                 lse[b, h, t], sums[t - t0] = largest + np.log(total), total
             # pass 4: out = probabilities @ v, where the division by the sum comes last
-            tile_product(y, att, v[:t1], False, work[thread], LOWER, t0)
+            tile_product(y, att, v[:t1], False, panels[thread], LOWER, t0)
             for t in range(t0, t1):
                 for i in range(hs):
                     y[t - t0, i] /= sums[t - t0]
@@ -626,14 +606,14 @@ def attention_decode(out, qkv, k, v, NH):
 
 
 @kernel
-def attention_backward(dqkv, dout, out, lse, qkv, work):
+def attention_backward(dqkv, dout, out, lse, qkv, panels, strips):
     # dqkv (B*T, 3*C), written; dout, out (B*T, C); lse (B, NH, T); qkv (B*T, 3*C)
     # A thread owns whole heads: all strips add to the head's dk and dv.
     B, NH, T = lse.shape
     hs = out.shape[1] // NH
     scale, counter = ONE / np.sqrt(np.float32(hs)), np.zeros(1, np.int64)
-    for thread in prange(len(work)):
-        probs, dprobs = strip(work[thread], 0, T), strip(work[thread], 1, T)
+    for thread in prange(len(panels)):
+        probs, dprobs = strips[thread, 0], strips[thread, 1]
         head = take(counter)
         while head < B * NH:
             b, h = head // NH, head % NH
@@ -645,9 +625,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
                 dy = dout[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
                 att, datt = probs[:t1 - t0, :t1], dprobs[:t1 - t0, :t1]
                 # pass 3 and 2 again: the probabilities, from the scores and the log-sum-exp
-                tile_product(att, q[t0:t1], k[:t1].T, False, work[thread], SCORES, t0)
+                tile_product(att, q[t0:t1], k[:t1].T, False, panels[thread], SCORES, t0)
                 # backward pass 4
-                tile_product(datt, dy, v[:t1].T, False, work[thread], SCORES, t0)
+                tile_product(datt, dy, v[:t1].T, False, panels[thread], SCORES, t0)
                 for t in range(t0, t1):
                     p, dp, log_sum = probs[t - t0], dprobs[t - t0], lse[b, h, t]
                     total = ZERO
@@ -659,11 +639,11 @@ def attention_backward(dqkv, dout, out, lse, qkv, work):
                     p[t + 1:t1] = ZERO
                     dp[t + 1:t1] = ZERO
                 # backward pass 1, and the values' part of pass 4
-                tile_product(dq[t0:t1], datt, k[:t1], False, work[thread], LOWER, t0)
+                tile_product(dq[t0:t1], datt, k[:t1], False, panels[thread], LOWER, t0)
                 for t2 in range(0, t1, MC):
                     t3 = min(t1, t2 + MC)
-                    tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, work[thread], UPPER, t2 - t0)
-                    tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, work[thread], UPPER, t2 - t0)
+                    tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, panels[thread], UPPER, t2 - t0)
+                    tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, panels[thread], UPPER, t2 - t0)
             head = take(counter)
 
 
@@ -778,7 +758,7 @@ def fill_normal(out, std, random):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the model: its shape, its tensors, forward, backward, update
+# the model: its shape, its tensors, its weights, forward, backward, update
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -802,15 +782,13 @@ def parameter_table(config):
     ]
 
 
-DECAYED = {"wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"}  # weight decay is for matrices, not biases or LayerNorm
-
-
+NO_LAYERS = ("wte", "wpe", "lnfw", "lnfb")  # the others have a part for each layer
 LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
                  "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
 
 
 def activation_table(config, B, T, recompute=1, train=True):
-    """(name, shape) of what a forward pass leaves for the backward pass, and of the scratch memory that layers share.
+    """(name, shape) of what a forward pass leaves for the backward pass, and of the gradients that layers share.
 
     recompute: 0 keeps all activations; the backward pass computes with 1 GELU's output again, with 2 LayerNorm's too.
     Raises ValueError for a batch that the model cannot have.
@@ -837,31 +815,27 @@ def activation_table(config, B, T, recompute=1, train=True):
     return table
 
 
-def size_of(table):
-    """The number of elements of a table's tensors"""
-    return sum(math.prod(shape) for _, shape in table)
+def scratch_table(T):
+    """(name, shape) of the kernels' scratch memory. A thread's part is a multiple of a cache line."""
+    threads = numba.get_num_threads()
+    return [("panels", (threads, PANELS)), ("strips", (threads, 2, STRIP, T + STRIP_GAP))]
 
 
-def aligned(size, make=np.empty):
-    """A flat float32 array that begins at a cache line. NumPy asks for huge pages where it is large."""
-    memory = make(size + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start:start + size]
+def memory_plan(config, B, T, recompute=1, train=True):
+    """The bytes that a run needs besides those of Python, before anything is allocated: {what: bytes}"""
+    copies = 4 if train else 1  # parameters, gradients, m, v
+    return {
+        "parameters": 4 * size_of(parameter_table(config)) * copies,
+        "activations": 4 * size_of(activation_table(config, B, T, recompute, train)),
+        "scratch": 4 * size_of(scratch_table(T)),
+        "keys and values": 8 * config.num_layers * config.max_seq_len * config.channels,
+    }
 
 
-class Tensors:
-    """The tensors of a table as attributes: views of one flat array, `memory`, one after another."""
-
-    def __init__(self, memory, table):
-        self.memory, start = memory, 0
-        for name, shape in table:
-            size = math.prod(shape)
-            setattr(self, name, memory[start:start + size].reshape(shape))
-            start += size
-
-    def layer(self, l):
-        """Layer l's part of the tensors in LAYER_TENSORS. One whose leading dimension is 1 is shared by all layers."""
-        return SimpleNamespace(**{name: getattr(self, name)[l % len(getattr(self, name))] for name in LAYER_TENSORS})
+GPT2_DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30),
+               72: (2880, 30), 84: (3456, 36)}  # layers: (channels, heads)
+GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 2048: (24, 128), 2560: (32, 80),
+                 4096: (32, 128), 12288: (96, 128)}  # channels: (layers, head size)
 
 
 def descriptor_config(descriptor):
@@ -907,288 +881,319 @@ def is_checkpoint(name):
     return name.endswith(".bin") or os.path.exists(name)
 
 
-GPT2_DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30),
-               72: (2880, 30), 84: (3456, 36)}  # layers: (channels, heads)
-GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 2048: (24, 128), 2560: (32, 80),
-                 4096: (32, 128), 12288: (96, 128)}  # channels: (layers, head size)
+def read_checkpoint(path, params):
+    """Read all parameters from a checkpoint, version 3 (float32) or 5 (bfloat16), that model_config has checked."""
+    with open(path, "rb") as file:
+        if read_header(file, path, MODEL_MAGIC, (3, 5))[1] == 3:
+            file.readinto(params.memory.view(np.uint8))
+        else:
+            for chunk in np.array_split(params.memory.view(np.uint32), 1 + (params.memory.size >> 22)):
+                chunk[:] = np.fromfile(file, np.uint16, chunk.size)
+                chunk <<= 16  # a bfloat16 is the upper half of a float32
 
 
-def work_shape(config):
-    """(threads, floats): the kernels' scratch memory. Rows are a multiple of a cache line apart."""
-    return numba.get_num_threads(), STRIPS + 2 * STRIP * (config.max_seq_len + STRIP_GAP)
+def init_random(config, params, seed=42):
+    """GPT-2's initial weights: normal with std 0.02, less where a layer adds to the residual stream."""
+    load_kernels(draw)
+    p, L, random = params, config.num_layers, np.random.RandomState(seed)
+    p.memory.fill(0)
+    for name in ("ln1w", "ln2w", "lnfw"):
+        getattr(p, name).fill(1)
+    for l in range(L):
+        if l == 0:
+            fill_normal(p.wte[:config.vocab_size].ravel(), 0.02, random)
+            fill_normal(p.wpe.ravel(), 0.02, random)
+        for weight, std in ((p.qkvw, 0.02), (p.attprojw, 0.02 / math.sqrt(2 * L)),
+                            (p.fcw, 0.02), (p.fcprojw, 0.02 / math.sqrt(2 * L))):
+            fill_normal(weight[l].ravel(), std, random)
 
 
-def memory_plan(config, B, T, recompute=1, train=True):
-    """The bytes that a run needs besides those of Python, before anything is allocated: {what: bytes}"""
-    copies = 4 if train else 1  # parameters, gradients, m, v
-    return {
-        "parameters": 4 * size_of(parameter_table(config)) * copies,
-        "activations": 4 * size_of(activation_table(config, B, T, recompute, train)),
-        "scratch": 4 * math.prod(work_shape(config)),
-        "keys and values": 8 * config.num_layers * config.max_seq_len * config.channels,
-    }
+def build(name, device="cpu", precision=None, processes=ALONE, **options):
+    """An engine, see dev/run/engine.py, that holds the model of a checkpoint file, or random weights for a descriptor.
+
+    device: cpu, or another engine by the name of its module in dev/engine. precision: fp32, bf16; None = the engine's
+    own choice. options: the engine's. Nothing is read, drawn or allocated before it is needed; errors: model_config's.
+    """
+    config = model_config(name)
+    weights = functools.partial(*(read_checkpoint, name) if is_checkpoint(name) else (init_random, config))
+    engine = GPT2 if device == "cpu" else importlib.import_module(f"dev.engine.{device}").GPT2
+    return engine(config, parameter_table(config), weights, precision, processes, **options)
 
 
-class GPT2:
-    """A GPT-2 and everything it needs to train: parameters, gradients, AdamW's moments, activations.
+class GPT2(Engine):
+    """The engine for CPUs: a GPT-2 and everything it needs to train, in NumPy arrays. See dev/run/engine.py.
 
-    Train with `loss = model.forward(inputs, targets)`, `model.backward()`, `model.update(learning_rate)`; call the
-    first two several times before the third to accumulate the gradients of several micro-batches.
+    Train with `loss = model.forward(inputs, targets)`, `model.backward()`, `model.update(step, learning_rate)`; call
+    the first two several times before the third to accumulate the gradients of several micro-batches.
+
+    weights: fills the parameters, see build(). matmul: who multiplies: `numba`, `blas`, or `auto`, what is faster here.
     """
 
-    def __init__(self, config):
-        self.config = config
-        self.table = parameter_table(config)
-        self.num_parameters = size_of(self.table)
-        self.params = Tensors(aligned(self.num_parameters), self.table)
-        self.recompute = 1  # see activation_table
+    def __init__(self, config, table=None, weights=None, precision=None, processes=ALONE, matmul="auto"):
+        super().__init__(config, table or parameter_table(config), processes)
+        if precision not in (None, "fp32"):
+            raise ValueError(f"no --precision {precision} on a CPU\n---> HINT: fp32 is what it computes with")
+        start_threads(threads_of(processes))
+        self.weights, self.recompute = weights, 1
         self.grads = self.m = self.v = self.acts = self.acts_key = None
-        self.keys, self.values, self.cached = None, None, 0  # of the tokens that read() has read
-        self.micro_batches = 0  # whose gradients have been accumulated since the last update
-        self.pending = False  # has a forward pass been made for training, without its backward pass?
-        self.updates = 0  # t of AdamW's bias correction is one more
+        self.keys = self.values = None  # of the tokens that read() has read
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+        self.blas = blas if matmul == "blas" or matmul == "auto" and "accelerate" in blas.lower() else None
+        forward, backward = (blas_forward, blas_backward) if self.blas else (matmul_forward, matmul_backward)
+        self.kernels = SimpleNamespace(**OTHER_KERNELS, matmul_forward=forward, matmul_backward=backward)
 
     @classmethod
     def build(cls, name):
-        """A model from a checkpoint file, or with random weights from a descriptor (see model_config)"""
-        model = cls(model_config(name))
-        if is_checkpoint(name):
-            model.read_checkpoint(name)
-        else:
-            model.init_random()
-        return model
+        """A model from a checkpoint file, or with random weights from a descriptor: build() for notebooks"""
+        return build(name)
 
-    def init_random(self, seed=42):
-        """GPT-2's initial weights: normal with std 0.02, less where a layer adds to the residual stream."""
-        p, L, random = self.params, self.config.num_layers, np.random.RandomState(seed)
-        p.memory.fill(0)
-        for name in ("ln1w", "ln2w", "lnfw"):
-            getattr(p, name).fill(1)
-        for l in range(L):
-            if l == 0:
-                fill_normal(p.wte[:self.config.vocab_size].ravel(), 0.02, random)
-                fill_normal(p.wpe.ravel(), 0.02, random)
-            for weight, std in ((p.qkvw, 0.02), (p.attprojw, 0.02 / math.sqrt(2 * L)),
-                                (p.fcw, 0.02), (p.fcprojw, 0.02 / math.sqrt(2 * L))):
-                fill_normal(weight[l].ravel(), std, random)
+    @functools.cached_property
+    def params(self):
+        """The parameters, read or drawn when something first asks for them: a mistake costs no time"""
+        params = Tensors(aligned(self.num_parameters), self.table)
+        if self.weights:
+            self.weights(params)
+        return params
 
-    def read_checkpoint(self, path):
-        """Read the parameters from a checkpoint, version 3 (float32) or 5 (bfloat16), that model_config has checked."""
-        with open(path, "rb") as file:
-            version = read_header(file, path, MODEL_MAGIC, (3, 5))[1]
-            if version == 3:
-                file.readinto(self.params.memory.view(np.uint8))
-            else:
-                for chunk in np.array_split(self.params.memory.view(np.uint32), 1 + (self.num_parameters >> 22)):
-                    chunk[:] = np.fromfile(file, np.uint16, chunk.size)
-                    chunk <<= 16  # a bfloat16 is the upper half of a float32
+    def describe(self):
+        ours = f"Numba, {MR} x {NR} micro-kernel, {VL * 32}-bit vectors"
+        product = f"NumPy's BLAS ({self.blas})" if self.blas else ours
+        threads = numba.get_num_threads()  # starts them, which settles the threading layer
+        return [f"threads: {threads} ({numba.threading_layer()}) | matrix product: {product}"]
 
-    def write_checkpoint(self, path):
-        """Write the parameters as a version 3 checkpoint. What was at `path` stays until the new file is complete."""
-        c, header = self.config, np.zeros(256, np.int32)
-        header[:2] = MODEL_MAGIC, 3
-        header[2:8] = c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
-        write_file(path, header, self.params.memory)
+    def prepare(self, B, T, recompute=1, train=True):
+        plan = memory_plan(self.config, B, T, recompute, train)
+        require_memory(sum(plan.values()))
+        start = time.perf_counter()
+        load_kernels(run_kernels, self.processes)
+        self.processes.print(f"kernels: ready after {time.perf_counter() - start:.1f} s")
+        plan["Python and kernels"] = peak_memory()
+        self.recompute, self.num_activations = recompute, plan["activations"] // 4
+        self.host("params")  # which are read or drawn now, and in no step
+        self.allocate(B, T, train)
+        return plan
 
-    def allocate(self, B, T, train=True):
-        """Make room for batches of (B, T) tokens, once, before the first step. ValueError if T is too long."""
-        table = activation_table(self.config, B, T, self.recompute, train)
+    def peak(self):
+        self.acts.panels.fill(0)
+        return measure_peak(self.acts.panels)
+
+    def allocate(self, B, T, train):
+        """Have room for a batch of (B, T) tokens. What was allocated before is used again if it is large enough."""
+        key = B, T, train, self.recompute, numba.get_num_threads()
+        if self.acts_key == key:
+            return
+        table = scratch_table(T) + activation_table(self.config, B, T, self.recompute, train)
         if self.acts is None or size_of(table) > self.acts.memory.size:
             self.acts = None
-            memory = aligned(size_of(table))
-            self.work = aligned(math.prod(work_shape(self.config))).reshape(work_shape(self.config))
-        else:
-            memory = self.acts.memory
-        self.acts, self.acts_key = Tensors(memory, table), (B, T, train)
+            self.acts = Tensors(aligned(size_of(table)), table)
+        self.acts, self.acts_key = Tensors(self.acts.memory, table), key
         if train and self.grads is None:
             self.grads = Tensors(aligned(self.num_parameters), self.table)
             self.m, self.v = (Tensors(aligned(self.num_parameters, np.zeros), self.table) for _ in range(2))
 
-    def forward(self, inputs, targets=None, train=True, start=None):
-        """The forward pass. inputs, targets: (B, T) int32 tokens.
+    def layer(self, l):
+        """Layer l's activations: its part of the tensors in LAYER_TENSORS, some of which all layers share"""
+        tensors = ((name, getattr(self.acts, name)) for name in LAYER_TENSORS)
+        return SimpleNamespace(**{name: x[l % len(x)] for name, x in tensors})
 
-        With targets: returns the mean cross-entropy; if `train`, gradients of the classifier are computed on the way,
-        while its logits exist, and backward() goes on from there. Without: leaves the final LayerNorm's output in
-        `acts.lnf` (B*T, C), from which logits() computes any row's logits. start: see read().
-        """
+    def forward(self, inputs, targets=None, train=True):
+        self.check_order("forward")
+        inputs, targets = self.check_batch(inputs, targets)
         train = train and targets is not None
-        inputs = self.check_tokens(inputs)
-        if targets is not None and np.shape(targets) != inputs.shape:
-            raise ValueError(f"targets of shape {np.shape(targets)} do not belong to inputs of shape {inputs.shape}")
-        B, T = inputs.shape
-        if self.acts_key != (B, T, train):
-            self.allocate(B, T, train)
-        p, acts, work = self.params, self.acts, self.work
-        encoder_forward(acts.encoded, inputs, p.wte, p.wpe, start or 0)
+        self.allocate(*inputs.shape, train)
+        acts, self.inputs = self.acts, inputs
+
+        def attention(l, at):
+            self.kernels.attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
+        self.blocks(inputs, 0, attention)
+        self.pending = train
+        return None if targets is None else self.classify(targets.ravel(), train)
+
+    def blocks(self, inputs, start, attention):
+        """From tokens (B, T), the first of which are at position `start`, to the final LayerNorm's output, acts.lnf.
+        attention(l, at) has layer l's at.qkv and leaves its at.atty."""
+        p, acts, k, panels = self.params, self.acts, self.kernels, self.acts.panels
+        k.encoder_forward(acts.encoded, inputs, p.wte, p.wpe, start)
         residual = acts.encoded
         for l in range(self.config.num_layers):
-            at = acts.layer(l if train else 0)
-            layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-            matmul_forward(at.qkv, NOTHING, at.ln1, p.qkvw[l], p.qkvb[l], NOTHING, work)
-            if start is not None:
-                _, self.keys[l, start:start + T], self.values[l, start:start + T] = np.split(at.qkv, 3, axis=1)
-            if start:
-                k, v = self.keys[l, :start + 1], self.values[l, :start + 1]
-                attention_decode(at.atty[0], at.qkv[0], k, v, self.config.num_heads)
-            else:
-                attention_forward(at.atty, at.lse, at.qkv, work)
-            matmul_forward(at.residual2, NOTHING, at.atty, p.attprojw[l], p.attprojb[l], residual, work)
-            layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
-            matmul_forward(at.fch, at.fch_gelu, at.ln2, p.fcw[l], p.fcb[l], NOTHING, work)
-            matmul_forward(at.residual3, NOTHING, at.fch_gelu, p.fcprojw[l], p.fcprojb[l], at.residual2, work)
+            at = self.layer(l)
+            k.layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+            k.matmul_forward(at.qkv, NOTHING, at.ln1, p.qkvw[l], p.qkvb[l], NOTHING, panels)
+            attention(l, at)
+            k.matmul_forward(at.residual2, NOTHING, at.atty, p.attprojw[l], p.attprojb[l], residual, panels)
+            k.layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, p.ln2w[l], p.ln2b[l])
+            k.matmul_forward(at.fch, at.fch_gelu, at.ln2, p.fcw[l], p.fcb[l], NOTHING, panels)
+            k.matmul_forward(at.residual3, NOTHING, at.fch_gelu, p.fcprojw[l], p.fcprojb[l], at.residual2, panels)
             residual = at.residual3
-        layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
-        self.inputs = inputs
-        self.pending = train
-        return None if targets is None else self.classify(self.check_tokens(targets).ravel(), train)
+        k.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
 
     def classify(self, targets, train):
         """The mean cross-entropy of all rows of acts.lnf; if `train`, its gradients dlnf and dwte. Chunk by chunk"""
-        p, g, acts, work = self.params, self.grads, self.acts, self.work
+        p, g, acts, k = self.params, self.grads, self.acts, self.kernels
         BT = len(acts.lnf)
         for start in range(0, BT, CLASSIFIER_ROWS):
             rows = slice(start, min(BT, start + CLASSIFIER_ROWS))
             logits, lnf = acts.logits[:rows.stop - start], acts.lnf[rows]
-            matmul_forward(logits, NOTHING, lnf, p.wte, NO_BIAS, NOTHING, work)
-            fused_classifier(logits, acts.losses[rows], targets[rows], np.float32(1 / BT), self.config.vocab_size)
+            k.matmul_forward(logits, NOTHING, lnf, p.wte, NOTHING[0], NOTHING, acts.panels)
+            k.fused_classifier(logits, acts.losses[rows], targets[rows], np.float32(1 / BT), self.config.vocab_size)
             if train:
                 adding = self.micro_batches > 0 or start > 0
-                matmul_backward(acts.dbtc[rows], g.wte, NO_BIAS, logits, lnf, p.wte, adding, work)
+                k.matmul_backward(acts.dbtc[rows], g.wte, NOTHING[0], logits, lnf, p.wte, adding, acts.panels)
         return float(acts.losses.mean(dtype=np.float64))
 
-    def logits(self, row):
-        """The logits (V,) of one row of the last forward pass: row b*T + t predicts the token after inputs[b, t].
+    def losses(self):
+        return self.acts.losses.reshape(self.inputs.shape)
 
-        They lie in memory that the next call uses again.
-        """
-        out = self.acts.logits[:1]
-        matmul_forward(out, NOTHING, self.acts.lnf[row:row + 1], self.params.wte, NO_BIAS, NOTHING, self.work)
+    def logits(self, row):
+        out, lnf, panels = self.acts.logits[:1], self.acts.lnf[row:row + 1], self.acts.panels
+        self.kernels.matmul_forward(out, NOTHING, lnf, self.params.wte, NOTHING[0], NOTHING, panels)
         return out[0, :self.config.vocab_size]
 
     def read(self, tokens):
-        """Read tokens that follow the `cached` ones read before: any number at first, then one at a time.
-
-        Their keys and values are kept, so that one token costs one pass over the weights. Set `cached` to 0 to begin
-        another text. Returns the logits (V,) of the token that comes next.
-        """
-        L, maxT, C = self.config.num_layers, self.config.max_seq_len, self.config.channels
+        self.check_order("read")
+        self.check_reading(len(tokens))
+        L, maxT, C, NH = (getattr(self.config, name) for name in ("num_layers", "max_seq_len", "channels", "num_heads"))
+        start, end, inputs = self.tokens_read, self.tokens_read + len(tokens), self.check_tokens([tokens])
+        self.allocate(1, len(tokens), train=False)
         if self.keys is None:
             self.keys, self.values = (aligned(L * maxT * C).reshape(L, maxT, C) for _ in range(2))
-        start = self.cached
-        if start + len(tokens) > maxT or start and len(tokens) != 1:
-            raise ValueError(f"cannot read {len(tokens)} tokens after {start}: the model has {maxT} positions")
-        self.forward(np.array([tokens], np.int32), start=start)
-        self.cached += len(tokens)
+        acts, k = self.acts, self.kernels
+
+        def attention(l, at):
+            _, self.keys[l, start:end], self.values[l, start:end] = np.split(at.qkv, 3, axis=1)
+            if start:
+                k.attention_decode(at.atty[0], at.qkv[0], self.keys[l, :end], self.values[l, :end], NH)
+            else:
+                k.attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
+        self.blocks(inputs, start, attention)
+        self.tokens_read = end
         return self.logits(len(tokens) - 1)
 
-    def backward(self):
-        """The backward pass of the last forward pass: the same layers in reverse. Adds this micro-batch's gradients."""
-        if not self.pending:
-            raise ValueError("backward() needs a forward pass with targets and train=True before it")
-        p, g, acts, work = self.params, self.grads, self.acts, self.work
+    def backward(self, last=True):
+        self.check_order("backward")
+        p, g, acts, k, panels = self.params, self.grads, self.acts, self.kernels, self.acts.panels
         add = self.micro_batches > 0  # on the first micro-batch gradients are written, so nothing need be zeroed
         dresidual, dbtc, dqkv, dfch = acts.dresidual, acts.dbtc, acts.dqkv, acts.dfch
         dresidual.fill(0)
-        last = acts.residual3[-1]
-        layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, last, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
+        inp = acts.residual3[-1]
+        k.layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, inp, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
         for l in reversed(range(self.config.num_layers)):
-            at = acts.layer(l)
+            at = self.layer(l)
             inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # what LayerNorm 1 and 2 read
             if self.recompute >= 1:
-                gelu_forward(at.fch_gelu, at.fch)
-            matmul_backward(dfch, g.fcprojw[l], g.fcprojb[l], dresidual, at.fch_gelu, p.fcprojw[l], add, work)
-            gelu_backward(dfch, at.fch)
+                k.gelu_forward(at.fch_gelu, at.fch)
+            k.matmul_backward(dfch, g.fcprojw[l], g.fcprojb[l], dresidual, at.fch_gelu, p.fcprojw[l], add, panels)
+            k.gelu_backward(dfch, at.fch)
             if self.recompute >= 2:
-                layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, middle, p.ln2w[l], p.ln2b[l])
-            matmul_backward(dbtc, g.fcw[l], g.fcb[l], dfch, at.ln2, p.fcw[l], add, work)
-            layernorm_backward(dresidual, g.ln2w[l], g.ln2b[l], dbtc, middle, p.ln2w[l], at.ln2_mean, at.ln2_rstd, add)
-            matmul_backward(dbtc, g.attprojw[l], g.attprojb[l], dresidual, at.atty, p.attprojw[l], add, work)
-            attention_backward(dqkv, dbtc, at.atty, at.lse, at.qkv, work)
+                k.layernorm_forward(at.ln2, at.ln2_mean, at.ln2_rstd, middle, p.ln2w[l], p.ln2b[l])
+            k.matmul_backward(dbtc, g.fcw[l], g.fcb[l], dfch, at.ln2, p.fcw[l], add, panels)
+            stats = at.ln2_mean, at.ln2_rstd
+            k.layernorm_backward(dresidual, g.ln2w[l], g.ln2b[l], dbtc, middle, p.ln2w[l], *stats, add)
+            k.matmul_backward(dbtc, g.attprojw[l], g.attprojb[l], dresidual, at.atty, p.attprojw[l], add, panels)
+            k.attention_backward(dqkv, dbtc, at.atty, at.lse, at.qkv, panels, acts.strips)
             if self.recompute >= 2:
-                layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, inp, p.ln1w[l], p.ln1b[l])
-            matmul_backward(dbtc, g.qkvw[l], g.qkvb[l], dqkv, at.ln1, p.qkvw[l], add, work)
-            layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], at.ln1_mean, at.ln1_rstd, add)
-        encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
+                k.layernorm_forward(at.ln1, at.ln1_mean, at.ln1_rstd, inp, p.ln1w[l], p.ln1b[l])
+            k.matmul_backward(dbtc, g.qkvw[l], g.qkvb[l], dqkv, at.ln1, p.qkvw[l], add, panels)
+            stats = at.ln1_mean, at.ln1_rstd
+            k.layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], *stats, add)
+            if last:
+                self.processes.reduce([getattr(g, name)[l] for name, _ in self.table if name not in NO_LAYERS])
+        k.encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
+        if last:
+            self.processes.reduce([getattr(g, name) for name in NO_LAYERS])
         self.micro_batches += 1
         self.pending = False
 
-    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=0.0, norm=None):
-        """One step of AdamW with the mean gradient of the micro-batches since the last. Returns its global norm.
+    def grad_norm(self):
+        self.check_order("grad_norm")
+        self.processes.wait()
+        total = self.kernels.sum_of_squares(self.grads.memory).sum()
+        return math.sqrt(total) / (self.micro_batches * self.processes.size)
 
-        grad_clip: gradients of a greater norm are scaled down to it; 0 = never. Weight decay is for matrices only.
-        norm: what grad_norm() returned, for callers who know it already.
-        """
+    def update(self, step, learning_rate, *, norm=None, grad_clip=0.0, beta1=0.9, beta2=0.999, eps=1e-8,
+               weight_decay=0.0):
+        self.check_order("update")
         norm = self.grad_norm() if norm is None else norm
         clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
-        self.updates += 1
-        t = self.updates
+        t = step + 1
         for name, _ in self.table:
             p, g, m, v = (getattr(tensors, name).ravel() for tensors in (self.params, self.grads, self.m, self.v))
-            adamw_update(p, g, m, v, *(np.float32(x) for x in (
+            self.kernels.adamw_update(p, g, m, v, *(np.float32(x) for x in (
                 learning_rate, beta1, beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t), eps,
-                weight_decay if name in DECAYED else 0, clip / self.micro_batches)))
+                weight_decay if name in DECAYED else 0, clip / (self.micro_batches * self.processes.size))))
         self.micro_batches = 0
-        return norm
 
-    def grad_norm(self):
-        """The global norm of the mean gradient of the micro-batches since the last update"""
-        if not self.micro_batches:
-            raise ValueError("there are no gradients: forward() and backward() come before")
-        return math.sqrt(sum_of_squares(self.grads.memory).sum()) / self.micro_batches
+    def host(self, what):
+        if what != "params" and self.grads is None:
+            raise ValueError(f"{what} does not exist before a step for training\n---> HINT: call prepare(B, T) first")
+        return getattr(self, what)
 
-    def check_tokens(self, tokens):
-        """The tokens as a contiguous (B, T) int32 array; ValueError where one is not in the vocabulary."""
-        tokens = np.ascontiguousarray(tokens, np.int32)
-        if tokens.ndim != 2 or not tokens.size:
-            raise ValueError(f"tokens must be a (B, T) array, not one of shape {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
-            raise ValueError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
-        return tokens
+    def load(self, what, file):
+        memory = self.host(what).memory
+        if file.readinto(memory.view(np.uint8)) != memory.nbytes:
+            raise ValueError(f"{file.name}: truncated: it has fewer than {memory.size:,} numbers for {what}")
+
+    @contextlib.contextmanager
+    def kernel_times(self, record):
+        def timed(name, function):
+            names = inspect.signature(getattr(function, "py_func", function)).parameters
+
+            def call(*args):
+                start = time.perf_counter()
+                result = function(*args)
+                record(name, dict(zip(names, args)), time.perf_counter() - start)
+                return result
+            return call
+        plain = self.kernels
+        self.kernels = SimpleNamespace(**{name: timed(name, function) for name, function in vars(plain).items()})
+        try:
+            yield
+        finally:
+            self.kernels = plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# all kernels together: the peak that they are measured by, the time in each, and compiling them before a run
+# all kernels together: the peak that they are measured by, their threads, and compiling them before a run
+
+OTHER_KERNELS = {function.__name__: function for function in (
+    encoder_forward, encoder_backward, layernorm_forward, layernorm_backward, attention_forward, attention_decode,
+    attention_backward, gelu_forward, gelu_backward, fused_classifier, sum_of_squares, adamw_update)}
+
 
 @kernel
-def multiply_in_cache(work, repeats):
+def multiply_in_cache(panels, repeats):
     # the micro-kernel on panels that stay in the L1 cache: what MFU calls 100 %
-    for thread in prange(len(work)):
+    for thread in prange(len(panels)):
         C = np.empty((MR, NR), np.float32)
         for _ in range(repeats):
-            micro(C, 0, 0, work[thread], 0, PANEL_B, KC, False)
+            micro(C, 0, 0, panels[thread], 0, PANEL_B, KC, False)
 
 
-def measure_peak(work):
+def measure_peak(panels):
     """This machine's float32 FLOP/s on all threads: the best of many short loops in 0.3 s, since neighbours may disturb
-    some of them. NaN in plain Python"""
+    some of them. NaN in plain Python. panels (threads, PANELS): scratch memory"""
     if numba.config.DISABLE_JIT:
         return math.nan
-    work[:, :STRIPS] = 0
-    multiply_in_cache(work, 1)
+    multiply_in_cache(panels, 1)
     best, repeats, end = math.inf, 4000, time.perf_counter() + 0.3
     while time.perf_counter() < end:
         start = time.perf_counter()
-        multiply_in_cache(work, repeats)
+        multiply_in_cache(panels, repeats)
         best = min(best, time.perf_counter() - start)
-    return len(work) * repeats * 2 * MR * NR * KC / best
+    return len(panels) * repeats * 2 * MR * NR * KC / best
 
 
-def profile_kernels():
-    """Have every kernel count the time in it from now on. Returns {name: seconds}"""
-    seconds = Counter()
+@functools.cache  # once: who sets another number later means it
+def start_threads(number):
+    """Have kernels use so many threads, or all that Numba has where that is fewer."""
+    # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
 
-    def timed(name, function):
-        def call(*args):
-            start = time.perf_counter()
-            result = function(*args)
-            seconds[name] += time.perf_counter() - start
-            return result
-        return call
-    for name, value in list(globals().items()):
-        if name.startswith("matmul_") or getattr(value, "targetoptions", {}).get("parallel"):
-            globals()[name] = timed(name, value)
-    return seconds
+
+def draw(attention_first=False):
+    """Run the kernel that draws random weights."""
+    fill_normal(np.empty(16, np.float32), 0.02, np.random.RandomState(42))
 
 
 def run_kernels(attention_first=False):
@@ -1196,21 +1201,25 @@ def run_kernels(attention_first=False):
 
     attention_first: begin with the attention, else with the products, so that two processes compile different kernels
     """
-    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16))
-    model.init_random()
-    model.allocate(1, 3)
-    tokens, acts, at = np.array([[1, 2, 3]], np.int32), model.acts, model.acts.layer(0)
+    draw()
+    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16), matmul="numba")
+    model.params.memory.fill(0)
+    model.allocate(1, 3, True)
+    tokens, acts, at = np.array([[1, 2, 3]], np.int32), model.acts, model.layer(0)
+    acts.memory.fill(0)
     if attention_first:
-        attention_forward(at.atty, at.lse, at.qkv, model.work)
-        attention_backward(acts.dqkv, acts.dbtc, at.atty, at.lse, at.qkv, model.work)
+        attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
+        attention_backward(acts.dqkv, acts.dbtc, at.atty, at.lse, at.qkv, acts.panels, acts.strips)
     else:
         model.classify(tokens[0], True)
     model.read([1, 2])
     model.read([3])
     model.forward(tokens, tokens)
     model.backward()
-    model.update(1e-4)
-    multiply_in_cache(model.work, 1)
+    model.update(0, 1e-4)
+    finish_rows(at.residual2, NOTHING, model.params.attprojb[0], NOTHING)  # these two serve NumPy's BLAS
+    bias_backward(model.grads.attprojb[0], at.residual2, False)
+    multiply_in_cache(acts.panels, 1)
 
 
 class Refusal(event.Listener):
@@ -1223,28 +1232,27 @@ class Refusal(event.Listener):
         pass
 
 
-def compile_kernels(matmul="auto"):
-    """Have every kernel in the cache, and load it from there: compiling is not part of any step's time.
+@functools.cache
+def load_kernels(run, processes=ALONE):
+    """Have every kernel that run() calls in the cache, and load it from there: compiling is part of no step's time.
 
     Where a kernel has just been compiled, Numba runs a version that its optimiser has been over once less than the
     cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
     the first run as in all later ones.
     """
-    start, folder = time.perf_counter(), os.path.dirname(os.path.abspath(__file__))
-    sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # the name by which cached kernels know this module
-    try:
-        with event.install_listener("numba:compile", Refusal()):
-            run_kernels()
-    except LookupError:
-        print("compiling the kernels: about half a minute, in the first run only", flush=True)
-        command = (f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; "
-                   f"train_gpt2.choose_matmul({matmul!r}); train_gpt2.run_kernels")
-        processes = [subprocess.Popen([sys.executable, "-c", f"{command}({first})"], stderr=subprocess.DEVNULL)
+    with processes.first():
+        try:
+            with event.install_listener("numba:compile", Refusal()):
+                return run()
+        except LookupError:
+            processes.print("compiling the kernels: about half a minute, in the first run only")
+        folder = os.path.dirname(os.path.abspath(__file__))
+        command = f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; train_gpt2.{run.__name__}"
+        compilers = [subprocess.Popen([sys.executable, "-c", f"{command}({first})"], stderr=subprocess.DEVNULL)
                      for first in (False, True)]
-        for process in processes:
-            process.wait()
-        run_kernels()
-    print(f"kernels: ready after {time.perf_counter() - start:.1f} s", flush=True)
+        for compiler in compilers:
+            compiler.wait()
+        return run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1276,7 +1284,8 @@ class DataLoader:
             check_size(path, HEADER_BYTES + 2 * tokens)
             self.shard_tokens.append(tokens)
         self.num_tokens = sum(self.shard_tokens)
-        if not any(map(self.samples_in, range(len(self.files)))):
+        self.num_batches = sum(map(self.samples_in, range(len(self.files))))
+        if not self.num_batches:
             raise ValueError(f"{pattern}: no shard has the {num_processes * B * T + 1:,} tokens of a batch; the "
                              f"largest has {max(self.shard_tokens):,}\n---> HINT: use a smaller -b or -t")
         self.random = np.random.RandomState(42) if should_shuffle else None
@@ -1320,6 +1329,29 @@ class DataLoader:
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
 
+    def state(self):
+        """Where this loader is, for restore(): indices, and where it shuffles the present orders and its generator"""
+        state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
+        if self.random:
+            _, key, position, *_ = self.random.get_state()
+            state |= {"shard_order": self.shard_order, "sample_order": self.sample_order, "generator": (key, position)}
+        return state
+
+    def restore(self, state):
+        """Go to where state() was called. ValueError where it is not a state of these shards in such batches"""
+        shards, index, shuffled = len(self.files), state["shard_index"], "generator" in state
+        order = state["shard_order"] if shuffled else self.shard_order
+        fits = shuffled == (self.random is not None) and 0 <= index < shards and sorted(order) == list(range(shards))
+        if not fits or shuffled and sorted(state["sample_order"]) != list(range(self.samples_in(order[index]))):
+            raise ValueError("the order of its batches is not one of this data")
+        self.shard_order = order
+        self.open_shard(index)
+        if shuffled:
+            self.sample_order = state["sample_order"]
+            self.random.set_state(("MT19937", *state["generator"]))
+        self.sample_index = state["sample_index"]
+
+
 def shuffle(items, random):
     """Permute a list in place with the draws that llm.c makes, and return it. random: numpy's RandomState"""
     draws = random.randint(0, 2**32, max(0, len(items) - 1), np.uint32)
@@ -1332,135 +1364,83 @@ def shuffle(items, random):
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
 
-def validate(model, loader, batches):
+def validate(engine, loader, batches):
     """The mean loss of the loader's first `batches` batches"""
     loader.reset()
-    return sum(model.forward(*loader.next_batch(), train=False) for _ in range(batches)) / batches
+    return sum(float(engine.forward(*loader.next_batch(), train=False)) for _ in range(batches)) / batches
 
 
-def train(flags):
-    B, T = flags.batch_size, flags.sequence_length
-    print(f"llm.numba: Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}")
-    threads = numba.get_num_threads()  # starts them, which settles the threading layer
-    print(f"threads: {threads} ({numba.threading_layer()}) | matrix product: {choose_matmul(flags.matmul)}")
-    profile = profile_kernels() if flags.profile else {}
-    if flags.ignored:
-        print(f"ignored, since they mean nothing on a CPU: {' '.join(flags.ignored)}")
-    resume_step, name = newest_checkpoint(flags.output_dir) if flags.resume else (None, None)
-    name = name or flags.model
-    config = model_config(name)
-    plan = memory_plan(config, B, T, flags.recompute)
-    require_memory(sum(plan.values()))
-    shuffled, V = not flags.overfit_single_batch, config.vocab_size
-    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=V)
-    train_loader = DataLoader(flags.input_bin, B, T, should_shuffle=shuffled, vocab_size=V)
+def train(flags, processes=ALONE):
+    """Train a model as the flags say: once in a while estimate how good it is, let it write, save it; then a step."""
+    B, T, folder, report = flags.batch_size, flags.sequence_length, flags.output_dir, Report(flags, processes)
+    resume_step, checkpoint = newest_checkpoint(folder) if flags.resume else (None, None)
+    engine = build(checkpoint or flags.model, flags.device, flags.precision, processes, **flags.options)
+    report.program(engine)
+
+    # the data, and what else can be wrong, before anything takes time or memory
+    ours = {"process_rank": processes.rank, "num_processes": processes.size, "vocab_size": engine.config.vocab_size}
+    val_loader = DataLoader(flags.input_val_bin, B, T, **ours)
+    overfit = bool(flags.overfit_single_batch)
+    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **ours)
+    steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
+    val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
     examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
-    prompt = encode(flags.prompt) if flags.prompt else None
-    if flags.output_dir:
-        open_output(flags, resume_step)
-    compile_kernels(flags.matmul)
-    plan["Python and kernels"] = peak_memory()
-    print("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in plan.items())
-          + f" = {sum(plan.values()) / 2**20:,.0f} MiB")
-
-    model = GPT2.build(name)
-    model.recompute = flags.recompute
-    print("[GPT-2]")
-    for key, value in vars(config).items():
-        print(f"{key}: {value}")
-    print(f"num_parameters: {model.num_parameters}")
-    print(f"train dataset num_batches: {train_loader.num_tokens // (B * T)}")
-    print(f"val dataset num_batches: {val_loader.num_tokens // (B * T)}")
-    model.allocate(B, T)
-    print(f"num_activations: {size_of(activation_table(config, B, T, flags.recompute))}", flush=True)
-
-    steps = train_loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
-    val_batches = sum(map(val_loader.samples_in, range(len(val_loader.files))))
-    val_batches = val_batches if flags.val_max_steps == -1 else min(val_batches, flags.val_max_steps)
     tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
-    if tokenizer.tokens is None and flags.sample_every:
-        print("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n---> HINT: `make data` writes it")
-    prompt = prompt or [min(tokenizer.eot_token, config.vocab_size - 1)]  # a text begins after the end of another
-    windows = deque(maxlen=128), deque(maxlen=128)  # the last losses and gradient norms
+    prompt = encode(flags.prompt) or [min(tokenizer.eot_token, engine.config.vocab_size - 1)]  # another text's end
+
+    # the model, and where it left off
+    report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
+    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz))
     if resume_step is not None:
-        read_run_checkpoint(flags.output_dir, resume_step, model, train_loader, sampler, windows)
-        print(f"resuming from step {resume_step}")
-    if flags.output_dir:
-        begin_log(flags.output_dir, resume_step)
-    first_step = resume_step or 0
-    flops = flags.total_batch_size * (6 * model.num_parameters + 6 * config.num_layers * config.channels * T)
-    peak = measure_peak(model.work)
-    times, loss, val_loss, run_start = [], math.nan, math.nan, time.perf_counter()
-    if profile:
-        profile.clear()
+        read_run_checkpoint(folder, resume_step, run)
+    if folder:
+        report.say(*open_output(flags, resume_step))
+    report.begin(run, steps, tokenizer)
     stop = stop_on_signals()
 
-    for step in range(first_step, max(steps, first_step) + 1):
-        last_step = step >= steps
-        resumed = step == resume_step  # then all but training was done before the checkpoint was written
+    def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
+        return every and (run.step % every == 0 or run.step >= steps) and run.step != resume_step
 
-        # once in a while estimate the validation loss, and HellaSwag's accuracy
-        if flags.val_loss_every and (step % flags.val_loss_every == 0 or last_step) and not resumed:
-            val_loss = validate(model, val_loader, val_batches)
-            print(f"val loss {val_loss:f} | perplexity {math.exp(min(val_loss, 700)):.2f}", flush=True)
-            write_log(flags.output_dir, f"s:{step} tel:{val_loss:.4f}")
-            if flags.hellaswag_eval:
-                correct, accuracy, error = score(model, examples)
-                print(f"HellaSwag: {correct}/{len(examples)} = {accuracy:f} | standard error {error:f}", flush=True)
-                write_log(flags.output_dir, f"s:{step} eval:{accuracy:.4f}")
+    with report.profile(engine):
+        for step in range(run.step, max(steps, run.step) + 1):
+            run.step, begun = step, step > 0 or steps == 0
 
-        # once in a while draw a text from the model
-        if flags.sample_every and (step and step % flags.sample_every == 0 or last_step) and not resumed:
-            print_sample(model, tokenizer, sampler, prompt, flags.gen_tokens)
+            # once in a while estimate the validation loss, and HellaSwag's accuracy
+            if due(flags.val_loss_every):
+                report.validation(step, validate(engine, val_loader, val_batches))
+                if examples:
+                    report.hellaswag(step, *score(engine, examples))
 
-        # once in a while write a checkpoint
-        due = flags.checkpoint_every and (step and step % flags.checkpoint_every == 0 or last_step)
-        if flags.output_dir and (due or stop.requested) and not resumed:
-            save(flags, step, model, train_loader, sampler, windows)
-        if last_step or stop.requested:
-            break
+            # once in a while draw a text from the model
+            if due(flags.sample_every) and begun:
+                report.sample(engine, tokenizer, sampler, prompt)
 
-        # a training step
-        start = time.perf_counter()
-        loss = 0.0
-        if flags.overfit_single_batch:
-            train_loader.reset()
-        for _ in range(flags.micro_batches):
-            loss += model.forward(*train_loader.next_batch()) / flags.micro_batches
-            model.backward()
-        norm = model.grad_norm()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise ValueError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged\n"
-                             "---> HINT: use a smaller learning rate (-l), or --grad_clip 1")
-        learning_rate = scheduled_learning_rate(flags, step, steps)
-        loss_score, norm_score = map(z_score, (loss, norm), windows)
-        skip = 0 < flags.skip_update_lossz < loss_score or 0 < flags.skip_update_gradz < norm_score
-        if not skip:
-            model.updates = step
-            model.update(learning_rate, flags.beta1, flags.beta2, flags.eps, flags.weight_decay, flags.grad_clip, norm)
-        model.micro_batches = 0
-        seconds = time.perf_counter() - start
+            # once in a while write a checkpoint
+            if folder and (due(flags.checkpoint_every) and begun or stop.requested and step != resume_step):
+                report.checkpoint(step, save(flags, run))
+            if step >= steps or stop.requested:
+                break
 
-        times.append(seconds)
-        left = sum(times) / len(times) * (steps - step - 1)
-        line = (f"step {step}: train loss {loss:f} (took {1000 * seconds:f} ms) | norm {norm:.4f} "
-                f"| lr {learning_rate:.2e} | {100 * flops / seconds / peak:.1f}% MFU "
-                f"| {flags.total_batch_size / seconds:.0f} tok/s")
-        line += f" | {timedelta(seconds=int(left))} left" if left > 60 else ""
-        line += f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}" if skip else ""
-        print(line, flush=True)
-        write_log(flags.output_dir, f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
-
-    if times:
-        mean = sum(times) / len(times)
-        print(f"steps: {len(times)}\ntokens: {len(times) * flags.total_batch_size}\n"
-              f"final train loss: {loss:f}\nfinal val loss: {val_loss:f}\n"
-              f"mean ms per step: {1000 * mean:.1f}\nbest ms per step: {1000 * min(times):.1f}\n"
-              f"tokens per second: {flags.total_batch_size / mean:.0f}\nMFU: {100 * flops / mean / peak:.1f}%\n"
-              f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
-    total = time.perf_counter() - run_start
-    for name, seconds in sorted(profile.items(), key=lambda item: -item[1]):
-        print(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
+            # a training step
+            report.start_step()
+            if overfit:
+                loader.reset()
+            losses = []
+            for micro_batch in range(flags.micro_batches):
+                losses.append(engine.forward(*loader.next_batch()))
+                engine.backward(last=micro_batch == flags.micro_batches - 1)
+            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
+            norm = engine.grad_norm()
+            require_finite(step, loss, norm)
+            learning_rate = scheduled_learning_rate(flags, step, steps)
+            skip = run.outliers.far(loss, norm)
+            if skip:
+                engine.forget()
+            else:
+                engine.update(step, learning_rate, norm=norm, grad_clip=flags.grad_clip, beta1=flags.beta1,
+                              beta2=flags.beta2, eps=flags.eps, weight_decay=flags.weight_decay)
+            report.step(step, loss, norm, learning_rate, run.outliers if skip else None)
+    report.end()
 
 
 def main(argv=None):
@@ -1477,4 +1457,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["train_gpt2"] = sys.modules["__main__"]  # the name by which cached kernels know this module
     sys.exit(main())

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -40,6 +39,8 @@ import numpy as np
 from numba import prange
 
 import train_gpt2 as t
+from dev.run.checkpoints import write_model
+from dev.run.engine import DECAYED, aligned
 from dev.run.files import SHARD_MAGIC, write_file
 from dev.run.machine import available_cpus, peak_memory
 from dev.run.text import Sampler, generate
@@ -73,27 +74,6 @@ def alternate(calls, seconds, least=3):
     return results
 
 
-@contextlib.contextmanager
-def timed(module, names, record):
-    """In this context calls of a module's functions, whoever makes them, end with record(name, arguments, seconds)."""
-    functions = {name: getattr(module, name) for name in names}
-
-    def timer(name, function):
-        parameters = inspect.signature(getattr(function, "py_func", function)).parameters
-
-        def call(*args):
-            start = time.perf_counter()
-            result = function(*args)
-            record(name, dict(zip(parameters, args)), time.perf_counter() - start)
-            return result
-        return call
-    vars(module).update({name: timer(name, function) for name, function in functions.items()})
-    try:
-        yield
-    finally:
-        vars(module).update(functions)
-
-
 # From a kernel's arguments: its ceiling, and the FLOPs or bytes that it cannot do without
 COST = {
     "encoder_forward": lambda out, **_: ("read", 3 * out.nbytes),
@@ -116,11 +96,11 @@ COST = {
 UNITS = {"fma": "GFLOP/s", "read": "GB/s", "adamw": "GB/s"}
 
 
-def profile(call, table, seconds):
-    """Make a call a few times. Returns its seconds in each run, and for each kernel (seconds in each run, calls, ceiling,
-    FLOPs or bytes), where calls and FLOPs are those of one run. The products with each weight in `table` are kept apart.
-    """
-    weights = {shape[-2:]: name for name, shape in table if name in t.DECAYED}
+def profile(call, engine, seconds):
+    """Make a call a few times. Returns its seconds in each run, and for each kernel of the engine (seconds in each run,
+    calls, ceiling, FLOPs or bytes), where calls and FLOPs are those of one run. The products with each weight are kept
+    apart."""
+    weights = {shape[-2:]: name for name, shape in engine.table if name in DECAYED}
     runs = []
 
     def record(name, args, seconds):
@@ -132,7 +112,7 @@ def profile(call, table, seconds):
     def run():
         runs.append({})
         return stopwatch(call)
-    with timed(t, COST, record):
+    with engine.kernel_times(record):
         times, = alternate([run], seconds)
     return times, {label: ([r[label][0] for r in runs[1:]], *runs[-1][label][1:]) for label in runs[-1]}
 
@@ -266,10 +246,11 @@ class Bench:
     def __init__(self, flags, folder):
         self.flags, self.folder, self.random = flags, Path(folder), np.random.default_rng(42)
         self.threads = numba.get_num_threads()
-        self.model = t.GPT2.build(flags.model)
+        self.model = t.build(flags.model, matmul=flags.matmul)
         self.config, self.ceilings = self.model.config, {}
         self.shapes = [tuple(map(int, shape.split("x"))) for shape in flags.shapes.split(",")]
         self.shapes = self.shapes[:-1] or self.shapes if flags.quick else self.shapes
+        self.model.prepare(*self.shapes[0])
         self.shard = str(self.folder / "shard.bin")
         write_shard(self.shard, self.tokens(1 + max(8 * math.prod(shape) for shape in self.shapes)))
 
@@ -282,7 +263,7 @@ class Bench:
         start = time.perf_counter()
         self.model.forward(x, y)
         self.model.backward()
-        self.model.update(1e-4)
+        self.model.update(0, 1e-4)
         return time.perf_counter() - start
 
     def measure(self, call, *args, least=3):
@@ -291,8 +272,8 @@ class Bench:
     def use_threads(self, n):
         """From now on work is divided among n threads."""
         numba.set_num_threads(n)
-        self.model.acts = self.model.acts_key = None
-        self.model.allocate(*self.shapes[0])
+        with contextlib.redirect_stdout(None):
+            self.model.prepare(*self.shapes[0])
 
     def train(self, B, T, *flags, env=None):
         """A run of train_gpt2.py. Returns {a line's beginning, up to a colon: (when it came, the line)}, the first of each."""
@@ -322,7 +303,7 @@ class Bench:
 
     def kernel_rows(self, call, **more):
         """A profile of a call: the kernels that take the longest first, and what no kernel takes"""
-        times, kernels = profile(call, self.model.table, self.flags.seconds)
+        times, kernels = profile(call, self.model, self.flags.seconds)
         rest = 100.0
         for label, (seconds, calls, ceiling, amount) in sorted(kernels.items(), key=lambda item: -sum(item[1][0])):
             share = 100 * sum(seconds) / sum(times)
@@ -338,11 +319,11 @@ class Bench:
 def ceilings(bench):
     """What this machine can do"""
     bench.use_threads(bench.threads)
-    peak = max(t.measure_peak(bench.model.work) for _ in range(5)) / 1e9
+    peak = max(bench.model.peak() for _ in range(5)) / 1e9
     size = bench.flags.megabytes << 18
-    array = t.aligned(size, np.ones)
+    array = aligned(size, np.ones)
     read = 4e-9 * size / min(bench.measure(stopwatch, plain_sum, array))
-    array = [t.aligned(size // 2, np.ones) for _ in range(4)]
+    array = [aligned(size // 2, np.ones) for _ in range(4)]
     adamw = 28e-9 * (size // 2) / min(bench.measure(stopwatch, plain_adamw, *array))
     bench.ceilings = {"fma": peak, "read": read, "adamw": adamw}
     for what, key in (("float32 multiply-adds", "fma"), ("reading DRAM", "read"), ("AdamW's reading and writing", "adamw")):
@@ -376,7 +357,7 @@ def threads(bench):
     alone = None
     for n in sorted({2**k for k in range(bench.threads.bit_length())} | {bench.threads}):
         bench.use_threads(n)
-        peak = t.measure_peak(bench.model.work) / 1e9
+        peak = bench.model.peak() / 1e9
         times = bench.measure(bench.step, B, T)
         alone = alone or np.median(times)
         speedup = float(alone / np.median(times))
@@ -395,7 +376,7 @@ def memory(bench):
 def adamw(bench):
     """AdamW, in turns with a plain loop over the same four arrays, which is its ceiling"""
     model = bench.model
-    arrays = [tensors.memory for tensors in (model.params, model.grads, model.m, model.v)]
+    arrays = [model.host(what).memory for what in ("params", "grads", "m", "v")]
     numbers = np.array([1e-8, 0.9, 0.999, 1, 1, 1e-8, 0, 1], np.float32)  # lr … grad_scale
     times, loop = alternate([partial(stopwatch, t.adamw_update, *arrays, *numbers), partial(stopwatch, plain_adamw, *arrays)],
                             bench.flags.seconds)
@@ -407,7 +388,7 @@ def adamw(bench):
 def sampling(bench):
     """Drawing a text, in turns with reading all weights from DRAM, which is its ceiling"""
     model, text, many = bench.model, generate(bench.model, Sampler(), [0], 1 << 30), 16  # tokens between two pauses
-    weights = model.params.memory
+    weights = model.host("params").memory
     times, reads = np.array(alternate([partial(stopwatch, lambda: [next(text) for _ in range(many)]),
                                        partial(stopwatch, lambda: [plain_sum(weights) for _ in range(many)])],
                                       bench.flags.seconds)) / many
@@ -416,7 +397,7 @@ def sampling(bench):
     yield bench.row("a token", times, weights.nbytes, "read", tokens_per_second=speed, limit=limit,
                     note=f"{speed:.1f} tok/s; the limit is {limit:.1f}")
     yield from bench.kernel_rows(partial(next, text))
-    model.cached = 0
+    model.rewind()
 
 
 def start(bench):
@@ -456,7 +437,7 @@ def llmc(bench):
     folder = bench.folder / "llmc"
     data = folder / "dev/data/tinyshakespeare"
     data.mkdir(parents=True)
-    bench.model.write_checkpoint(str(folder / "gpt2_124M.bin"))
+    write_model(str(folder / "gpt2_124M.bin"), bench.model)
     for split in "train", "val":
         write_shard(str(data / f"tiny_shakespeare_{split}.bin"), bench.tokens(1 << 13))
     times, command = [], [os.path.abspath(bench.flags.llmc)]
@@ -535,7 +516,7 @@ def show(row):
 
 def run(flags):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    setting = {"machine": machine(), "model": flags.model, "matmul": t.choose_matmul(flags.matmul)}
+    setting = {"machine": machine(), "model": flags.model, "matmul": t.build(flags.model, matmul=flags.matmul).describe()[0]}
     print(json.dumps(setting))
     if load > 0.5:
         print(f"load average {load:.1f}: other programs are running, so these numbers are not what the machine can do")
@@ -543,7 +524,6 @@ def run(flags):
     if flags.only and os.path.isfile(flags.output):
         old = json.loads(Path(flags.output).read_text())
         results = old | results if all(old.get(key) == setting[key] for key in setting) else results
-    t.compile_kernels()
     os.makedirs(os.path.dirname(os.path.abspath(flags.output)), exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(flags, folder)

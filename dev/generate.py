@@ -14,9 +14,8 @@ import os
 import sys
 import time
 
-from dev.run.machine import require_memory
 from dev.run.text import Sampler, Tokenizer, encode, generate
-from train_gpt2 import GPT2, compile_kernels, memory_plan, model_config
+from train_gpt2 import build
 
 
 def parse_flags(argv):
@@ -38,7 +37,7 @@ def parse_flags(argv):
     return flags
 
 
-def write_sample(model, tokenizer, tokens, end):
+def write_sample(tokenizer, tokens, end):
     """Print tokens as they come, up to the end-of-text token (None: to the last). Returns how many there were."""
     count = 0
     tokenizer.reset()
@@ -53,24 +52,22 @@ def write_sample(model, tokenizer, tokens, end):
 
 def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
-    config = model_config(flags.model)
-    require_memory(sum(memory_plan(config, 1, config.max_seq_len, train=False).values()))
-    tokenizer = Tokenizer()
+    engine = build(flags.model)
+    config, tokenizer = engine.config, Tokenizer()
     if tokenizer.tokens is None:
         print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it", file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
     prompt = encode(text) if text else [end]  # a text begins after the end of another
-    model = GPT2.build(flags.model)
     with contextlib.redirect_stdout(sys.stderr):
-        compile_kernels()
+        engine.prepare(1, config.max_seq_len, train=False)
 
     start, count = time.perf_counter(), 0
     try:
         for sample in range(flags.samples):
             print("---\n" if sample else "", text, sep="", end="", flush=True)
-            tokens = generate(model, sampler, prompt, flags.tokens)
-            count += write_sample(model, tokenizer, tokens, None if flags.past_end else end)
+            tokens = generate(engine, sampler, prompt, flags.tokens)
+            count += write_sample(tokenizer, tokens, None if flags.past_end else end)
     finally:
         seconds = time.perf_counter() - start
         print(f"\n{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tok/s", file=sys.stderr)

@@ -8,8 +8,8 @@ import argparse
 import os
 
 from dev.data.data_common import Progress, say
-from dev.run.multiple_choice import read_examples, score
-from train_gpt2 import GPT2
+from dev.run.multiple_choice import accuracy, read_examples, score
+from train_gpt2 import build
 
 
 def main(name, path):
@@ -27,9 +27,11 @@ def main(name, path):
     examples = read_examples(args.input)[:args.limit or None]
     if not examples:
         raise ValueError(f"{args.input} has no examples\n{hint}")
-    model = GPT2.build(args.model)
-    maxT, count, progress = model.config.max_seq_len, len(examples), Progress(name)
+    engine = build(args.model)
+    maxT, count, progress = engine.config.max_seq_len, len(examples), Progress(name)
     if cut := sum(len(context) + max(map(len, completions)) > maxT + 1 for context, completions, _ in examples):
         print(f"{cut} examples have more than {maxT} tokens: the model does not see the beginning of their context")
-    correct, accuracy, error = score(model, examples, lambda done: progress.update(done, "examples", done / count))
-    say(f"{name}: {correct}/{count} = {accuracy:.6f} | standard error {error:.6f}")
+    engine.prepare(max(len(completions) for _, completions, _ in examples), maxT, train=False)
+    correct, count = score(engine, examples, lambda done: progress.update(done, "examples", done / count))
+    share, error = accuracy(correct, count)
+    say(f"{name}: {correct}/{count} = {share:.6f} | standard error {error:.6f}")

@@ -117,8 +117,9 @@ class Engine:
         raise NotImplementedError
 
     def read(self, tokens):
-        """Read tokens that follow those read before: any number at first, then one at a time. Their keys and values are
-        kept, so that one token costs one pass over the weights. Returns the logits (V,) of the token that comes next."""
+        """Read tokens that follow those read before: any number at first, then one at a time. Their keys and values
+        are kept, so that one token costs one pass over the weights. Returns the logits (V,) of the token that follows.
+        """
         raise NotImplementedError
 
     def rewind(self):
@@ -174,5 +175,5 @@ class Engine:
         """ValueError where read() cannot take so many tokens now"""
         maxT = self.config.max_seq_len
         if count < 1 or self.tokens_read + count > maxT or self.tokens_read and count != 1:
-            raise ValueError(f"cannot read {count} tokens after {self.tokens_read}: the model has {maxT} positions, and "
-                             "after the first text takes one token at a time")
+            raise ValueError(f"cannot read {count} tokens after {self.tokens_read}: the model has {maxT} positions, "
+                             "and once it has read something it takes one token at a time")

@@ -6,7 +6,8 @@ import math
 
 
 def parse_flags(argv):
-    """The flags as attributes, and the micro-batches of a step. ValueError for values that make no sense"""
+    """The flags as attributes, the micro-batches of a step, and options: an engine's own flags.
+    ValueError for values that make no sense"""
     parser = argparse.ArgumentParser(
         "train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
         description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 is off wherever one says `every`.")
@@ -43,7 +44,7 @@ def parse_flags(argv):
     flag("--grad_clip", 0.0, "scale gradients down to this global norm, 0 = never")
     flag("-sl --skip_update_lossz", 0.0, "skip an update whose loss is so many standard deviations too high, 0 = never")
     flag("-sg --skip_update_gradz", 0.0, "the same for the gradient norm")
-    flag("-a --overfit_single_batch", 0, "1: train on the first batch only", choices=(0, 1))
+    flag("-a --overfit_single_batch", 0, "1: train on the first validation batch only", choices=(0, 1))
     flag("-r --recompute", 1, "what the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
     # once in a while
     flag("-v --val_loss_every", 10, "estimate the validation loss every so many steps")
@@ -59,12 +60,15 @@ def parse_flags(argv):
     flag("-h --hellaswag_eval", 0, "1: HellaSwag's accuracy with every validation", choices=(0, 1))
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
     # the machine
+    flag("--device", "cpu", "what computes", choices=("cpu", "cuda"))
+    flag("--precision", None, "what products read; default: fp32 on a CPU", str, choices=("fp32", "bf16"))
     flag("--matmul", "auto", "matrix products by our kernels or by NumPy's BLAS", choices=("auto", "numba", "blas"))
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
     ignored = ["-f", "-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
+    flags.options = {"matmul": flags.matmul} if flags.device == "cpu" else {}
     flags.ignored = [name for name in ignored if hasattr(flags, name.strip("-"))]
     for name, (least, below) in ranges.items():
         value = getattr(flags, name)

@@ -19,6 +19,12 @@ def available_cpus():
         return cpus
 
 
+def threads_of(processes):
+    """The threads that this process should use: OMP_NUM_THREADS, or its part of the processors of its machine"""
+    wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.environ.get("NUMBA_NUM_THREADS", "")
+    return int(wish) if wish else max(1, available_cpus() // processes.local_size)
+
+
 def available_memory():
     """Bytes of memory that this process can still get, or infinity where the system doesn't say"""
     free = math.inf

@@ -37,24 +37,29 @@ def read_examples(path):
     return examples
 
 
-def answer(model, context, completions):
+def answer(engine, context, completions):
     """The number of the completion that the model finds likeliest. A context that is too long loses its beginning."""
-    maxT = model.config.max_seq_len
+    maxT = engine.config.max_seq_len
     rows = [(context + completion)[-maxT - 1:] for completion in completions]
     x = np.zeros((2, len(rows), max(map(len, rows)) - 1), np.int32)  # inputs, and targets: the inputs one token later
     for r, row in enumerate(rows):
         x[0, r, :len(row) - 1], x[1, r, :len(row) - 1] = row[:-1], row[1:]
-    model.forward(x[0], x[1], train=False)
-    losses = model.acts.losses.reshape(x.shape[1:])
+    engine.forward(x[0], x[1], train=False)
+    losses = engine.losses()
     return int(np.argmin([losses[r, max(0, len(row) - 1 - len(completion)):len(row) - 1].mean()
                           for r, (row, completion) in enumerate(zip(rows, completions))]))
 
 
-def score(model, examples, progress=lambda done: None):
-    """(correct, accuracy, its standard error) of a model on read_examples()'s examples"""
+def score(engine, examples, progress=lambda done: None):
+    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly"""
     correct = 0
     for done, (context, completions, label) in enumerate(examples):
         progress(done)
-        correct += answer(model, context, completions) == label
-    accuracy = correct / len(examples)
-    return correct, accuracy, math.sqrt(accuracy * (1 - accuracy) / len(examples))
+        correct += answer(engine, context, completions) == label
+    return correct, len(examples)
+
+
+def accuracy(correct, count):
+    """A share, and its standard error"""
+    share = correct / count
+    return share, math.sqrt(share * (1 - share) / count)

@@ -15,7 +15,8 @@ class Processes:
     # gradients and parameters: an engine's calls
 
     def reduce(self, arrays):
-        """Begin to sum float32 arrays over all processes, in place, and return at once. All call it in the same order."""
+        """Begin to sum float32 arrays over all processes, in place, and return at once. All call it in the same order.
+        """
 
     def wait(self):
         """Return when all that reduce() has begun is done."""

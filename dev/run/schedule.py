@@ -2,6 +2,7 @@
 From step to step: the learning rate, and how far a loss or a gradient norm is out of line with those before.
 """
 import math
+from collections import deque
 
 import numpy as np
 
@@ -29,3 +30,25 @@ def z_score(value, window):
     window.append(value)
     std = float(np.std(window))
     return math.nan if not full else (value - float(np.mean(window))) / std if std > 0 else 0.0
+
+
+class Outliers:
+    """The last 128 losses and gradient norms: which steps are so far out of line that their update is better skipped?
+
+    loss_limit, norm_limit: z-scores, see z_score(); 0 = no limit. scores: those of the last step, loss and norm
+    """
+
+    def __init__(self, loss_limit=0.0, norm_limit=0.0):
+        self.limits, self.windows, self.scores = (loss_limit, norm_limit), (deque(maxlen=128), deque(maxlen=128)), ()
+
+    def far(self, loss, norm):
+        """Is a step with this loss and gradient norm too far out?"""
+        self.scores = tuple(map(z_score, (loss, norm), self.windows))
+        return any(0 < limit < score for limit, score in zip(self.limits, self.scores))
+
+
+def require_finite(step, loss, norm):
+    """ValueError where a step's loss or gradient norm is not a number"""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise ValueError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged\n"
+                         "---> HINT: use a smaller learning rate (-l), or --grad_clip 1")

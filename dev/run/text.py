@@ -42,6 +42,8 @@ class Tokenizer:
 
 def encode(text):
     """The tokens of a prompt, by tiktoken, whose vocabulary the scripts in dev/data/ leave in data/.tiktoken"""
+    if not text:
+        return []
     import tiktoken
     if os.path.isdir("data/.tiktoken"):
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data/.tiktoken")
@@ -90,22 +92,16 @@ class Sampler:
         return int(np.searchsorted(cdf, coin * cdf[-1], side="right"))
 
 
-def generate(model, sampler, prompt, count):
+def generate(engine, sampler, prompt, count):
     """Draw `count` tokens after the prompt (a list of tokens), one after another. Where the model has no position left,
     it goes on from the second half of what it has seen."""
-    tokens, maxT = list(prompt), model.config.max_seq_len
-    model.cached, unread = 0, tokens
+    tokens, maxT = list(prompt), engine.config.max_seq_len
+    engine.rewind()
+    unread = tokens
     for _ in range(count):
-        if model.cached + len(unread) > maxT:
-            model.cached, unread = 0, tokens[-(maxT // 2):]
-        tokens.append(sampler.draw(model.read(unread)))
+        if engine.tokens_read + len(unread) > maxT:
+            engine.rewind()
+            unread = tokens[-(maxT // 2):]
+        tokens.append(sampler.draw(engine.read(unread)))
         unread = tokens[-1:]
         yield tokens[-1]
-
-
-def print_sample(model, tokenizer, sampler, prompt, count):
-    print("generating:\n---")
-    tokenizer.reset()
-    for token in generate(model, sampler, prompt, count - 1):
-        print(tokenizer.decode(token), end="", flush=True)
-    print("\n---", flush=True)

@@ -1,0 +1,134 @@
+"""
+Every line that a run prints or logs. Lines keep llm.c's wording, so that what parses its output parses ours; what we
+add comes after it. Only the first of several processes says anything.
+"""
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import time
+from collections import Counter
+from datetime import timedelta
+
+from dev.run.machine import peak_memory
+from dev.run.multiple_choice import accuracy
+from dev.run.text import generate
+
+
+class Report:
+    """What a run tells its user, on standard output and in main.log, and the figures that it keeps for that."""
+
+    def __init__(self, flags, processes):
+        self.flags, self.processes = flags, processes
+        logs = flags.output_dir and processes.rank == 0
+        self.log = os.path.join(flags.output_dir, "main.log") if logs else os.devnull
+        self.loss = self.val_loss = math.nan
+        self.steps, self.seconds, self.best = 0, 0.0, math.inf  # of training steps so far
+        self.kernels = Counter()  # seconds in each
+
+    def say(self, *lines, end="\n"):
+        for line in lines:
+            self.processes.print(line, end=end)
+
+    def write_log(self, line):
+        with open(self.log, "a") as file:
+            file.write(line + "\n")
+
+    # before the first step
+
+    def program(self, engine):
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("NumPy", "Numba"))
+        self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe())
+        if self.flags.ignored:
+            self.say(f"ignored, since they mean nothing on a CPU: {' '.join(self.flags.ignored)}")
+
+    def model(self, engine, memory, loader, val_loader):
+        """memory: {what: bytes}, from the engine's prepare()"""
+        config, tokens = engine.config, self.flags.batch_size * self.flags.sequence_length
+        self.say("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in memory.items())
+                 + f" = {sum(memory.values()) / 2**20:,.0f} MiB")
+        self.say("[GPT-2]", *(f"{key}: {value}" for key, value in vars(config).items()),
+                 f"num_parameters: {engine.num_parameters}",
+                 f"train dataset num_batches: {loader.num_tokens // tokens}",
+                 f"val dataset num_batches: {val_loader.num_tokens // tokens}",
+                 f"num_activations: {engine.num_activations}")
+
+    def begin(self, run, last_step, tokenizer):
+        """run: where it begins; last_step: where it will end"""
+        config, flags = run.engine.config, self.flags
+        if tokenizer.tokens is None and flags.sample_every:
+            self.say("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
+                     "---> HINT: `make data` writes it")
+        if run.step:
+            self.say(f"resuming from step {run.step}")
+        attention = 6 * config.num_layers * config.channels * flags.sequence_length
+        self.flops = flags.total_batch_size * (6 * run.engine.num_parameters + attention)
+        self.last_step, self.peak, self.start = last_step, run.engine.peak(), time.perf_counter()
+
+    # once in a while
+
+    def validation(self, step, loss):
+        self.val_loss = loss
+        self.say(f"val loss {loss:f} | perplexity {math.exp(min(loss, 700)):.2f}")
+        self.write_log(f"s:{step} tel:{loss:.4f}")
+
+    def hellaswag(self, step, correct, count):
+        share, error = accuracy(correct, count)
+        self.say(f"HellaSwag: {correct}/{count} = {share:f} | standard error {error:f}")
+        self.write_log(f"s:{step} eval:{share:.4f}")
+
+    def sample(self, engine, tokenizer, sampler, prompt):
+        """Draw a text and print it as it comes."""
+        self.say("generating:\n---")
+        tokenizer.reset()
+        for token in generate(engine, sampler, prompt, self.flags.gen_tokens - 1):
+            self.say(tokenizer.decode(token), end="")
+        self.say("\n---")
+
+    def checkpoint(self, step, seconds):
+        self.say(f"checkpoint of step {step} written to {self.flags.output_dir} (took {seconds:.1f} s)")
+
+    # steps
+
+    def start_step(self):
+        self.step_start = time.perf_counter()
+
+    def step(self, step, loss, norm, learning_rate, skipped=None):
+        """skipped: the Outliers for which the update was skipped"""
+        seconds = time.perf_counter() - self.step_start
+        self.loss, self.steps, self.seconds = loss, self.steps + 1, self.seconds + seconds
+        self.best = min(self.best, seconds)
+        line = (f"step {step}: train loss {loss:f} (took {1000 * seconds:f} ms) | norm {norm:.4f} "
+                f"| lr {learning_rate:.2e} | {100 * self.flops / seconds / self.peak:.1f}% MFU "
+                f"| {self.flags.total_batch_size / seconds:.0f} tok/s")
+        left = self.seconds / self.steps * (self.last_step - step - 1)
+        line += f" | {timedelta(seconds=int(left))} left" if left > 60 else ""
+        if skipped:
+            loss_score, norm_score = skipped.scores
+            line += f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}"
+        self.say(line)
+        self.write_log(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
+
+    # the end
+
+    @contextlib.contextmanager
+    def profile(self, engine):
+        """A context in which kernels are timed, where --profile asks for it"""
+        def record(name, arguments, seconds):
+            self.kernels[name] += seconds
+        with engine.kernel_times(record) if self.flags.profile else contextlib.nullcontext():
+            yield
+
+    def end(self):
+        total = time.perf_counter() - self.start
+        if self.steps:
+            mean = self.seconds / self.steps
+            self.say(f"steps: {self.steps}", f"tokens: {self.steps * self.flags.total_batch_size}",
+                     f"final train loss: {self.loss:f}", f"final val loss: {self.val_loss:f}",
+                     f"mean ms per step: {1000 * mean:.1f}", f"best ms per step: {1000 * self.best:.1f}",
+                     f"tokens per second: {self.flags.total_batch_size / mean:.0f}",
+                     f"MFU: {100 * self.flops / mean / self.peak:.1f}%",
+                     f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+        for name, seconds in self.kernels.most_common():
+            self.say(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
