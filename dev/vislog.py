@@ -4,6 +4,12 @@ Plots training runs: loss, learning rate and, where a run measured it, HellaSwag
     python dev/vislog.py RUN [RUN ...] -o run.png                a run is a folder, or a file such as RUN/main.log
     python dev/vislog.py a=RUN b=RUN -o runs.svg --smooth 50     under other names, smoothed over 50 steps
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import math
 import re

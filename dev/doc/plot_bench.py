@@ -4,6 +4,12 @@ Pictures what dev/bench.py measured: how long a training step takes, against the
     python -m dev.bench --torch --llmc llm.c/train_gpt2
     python dev/doc/plot_bench.py data/bench.json -o dev/doc/step_time.svg     needs matplotlib
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import json
 from pathlib import Path
