@@ -369,7 +369,7 @@ class DataLoader:
 
     def permute(self, a):
         draws = self.rng.randint(0, 2**32, size=max(len(a) - 1, 0), dtype=np.uint32).tolist()
-        for i, draw in zip(range(len(a) - 1, 0, -1), draws):
+        for i, draw in zip(range(len(a) - 1, 0, -1), draws, strict=True):
             j = draw % (i + 1)
             a[i], a[j] = a[j], a[i]
 

@@ -102,7 +102,8 @@ def inspect_eval(r, header):
     for i in range(count):
         example = words[position : position + (int(words[position + 1]) // 2 if position + 1 < len(words) else 0)]
         parts = split_example(example)
-        if not r.check(parts is not None and example[2] == i, f"example {i}, at byte {HEADER_BYTES + 2 * position}, is broken"):
+        start = HEADER_BYTES + 2 * position
+        if not r.check(parts is not None and example[2] == i, f"example {i}, at byte {start}, is broken"):
             return
         if i == 0:
             r.line("first context", r.text(parts[0]))
@@ -205,7 +206,8 @@ def inspect_state(r, header):
     arrays = 3 if header[4] else 2
     if not header[5]:
         r.line("parameters", f"{(r.size - HEADER_BYTES) // (4 * arrays):,}")
-        r.check((r.size - HEADER_BYTES) % (4 * arrays) == 0, f"{r.size:,} bytes do not hold {arrays} equal arrays of float32")
+        r.check((r.size - HEADER_BYTES) % (4 * arrays) == 0,
+                f"{r.size:,} bytes do not hold {arrays} equal arrays of float32")
     r.check(r.size > HEADER_BYTES, "there is nothing after the header")
 
 
@@ -234,7 +236,8 @@ KINDS = {
 def inspect(path, tokenizer):
     """Print what is in the file; whether it is in order."""
     with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES), "<i4", -1) if os.path.getsize(path) >= HEADER_BYTES else np.zeros(256, "<i4")
+        content = f.read(HEADER_BYTES)
+    header = np.frombuffer(content if len(content) == HEADER_BYTES else bytes(HEADER_BYTES), "<i4")
     kind, function = KINDS.get(int(header[0]), ("unknown", None))
     report = Report(path, tokenizer)
     print(f"{path}: {kind}, version {header[1]}, {report.size:,} bytes")

@@ -374,7 +374,7 @@ def test_text_stopped_from_outside(tmp_path, how):
     args = [tmp_path / "long.txt", "--data_dir", tmp_path / "data", "--tokenizer", "bytes", "--workers", 2, "-s", 10**5]
     process = subprocess.Popen(command("text.py", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
                                # a shell's background jobs ignore Ctrl-C, and their children inherit that
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: PLW1509
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = tmp_path / "data" / "long"
     while process.poll() is None and len(list(folder.glob("*_00000?.bin"))) < 4:  # the first of many shards
         time.sleep(0.001)

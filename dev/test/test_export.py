@@ -364,7 +364,8 @@ def test_gguf_holds_the_same_tensors(dtype, tiny, tmp_path, gguf):
     params, expected = Checkpoint(tiny).params, {}
     for name, theirs in LLAMA_CPP.items():
         x = np.array(getattr(params, name))
-        expected.update({theirs.format(l): (name, x[l]) for l in range(2)} if "{}" in theirs else {theirs: (name, x)})
+        layers = {theirs.format(layer): (name, x[layer]) for layer in range(2)}
+        expected.update(layers if "{}" in theirs else {theirs: (name, x)})
     assert tensors.keys() == expected.keys()
     for theirs, (name, x) in expected.items():
         x = x[:300] if name == "wte" else x

@@ -213,7 +213,8 @@ def test_tensors_lie_where_the_format_says(tmp_path):
     shapes = [(Vp, C), (T, C), (L, C), (L, C), (L, 3 * C, C), (L, 3 * C), (L, C, C), (L, C), (L, C), (L, C)]
     shapes += [(L, 4 * C, C), (L, 4 * C), (L, C, 4 * C), (L, C), (C,), (C,)]
     flat = np.fromfile(path, "<f4", offset=1024)
-    tensors = [a.reshape(s) for a, s in zip(np.split(flat, np.cumsum([math.prod(s) for s in shapes])), shapes)]
+    parts = np.split(flat, np.cumsum([math.prod(s) for s in shapes])[:-1])
+    tensors = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
     block = model.h[1]
     layers = [block.ln1.weight, block.ln1.bias, block.qkv.weight, block.qkv.bias, block.attproj.weight]
     layers += [block.attproj.bias, block.ln2.weight, block.ln2.bias, block.fc.weight, block.fc.bias]
