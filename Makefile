@@ -32,7 +32,7 @@ test-full: .venv/dev test text  ## and GPT-2 124M's size: PyTorch writes a check
 	$(RUN) test_gpt2.py data/gpt2_d12.bin data/gpt2_d12_debug_state.bin
 
 lint: .venv/test
-	$(RUN) -m ruff check .
+	$(RUN) -m ruff check $$(git ls-files "*.py")
 
 clean:  ## the environment and compiled kernels; data/ stays
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -16,6 +16,12 @@ Times are wall-clock times: the median, and the best. Batches are random tokens:
 Run it on a machine that does nothing else. A virtual machine's bandwidth may change from one second to the next (36 and
 62 GB/s were seen), so what depends on it most, AdamW and sampling, takes turns with a loop that only moves the same data.
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import contextlib
 import importlib.metadata

@@ -7,10 +7,17 @@ Fetch llm.c's starter pack from Hugging Face into data/: GPT-2's weights, its to
 Files that are complete are skipped; an interrupted download goes on where it stopped.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 from pathlib import Path
 
-from data.data_common import DATA, HF, TOKENIZER_SHA256, download, remote_size, run, show
+from dev.data.command_line import DATA, run, show
+from dev.data.download import HF, download, remote_size
+from dev.data.vocabulary import TOKENIZER_SHA256
 
 URL = f"{HF}/datasets/karpathy/llmc-starter-pack/resolve/main"
 

@@ -8,6 +8,12 @@ Lets a model write: text appears as it is drawn, token by token.
 
 Runs in the project's folder. The texts go to standard output, everything else to standard error.
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import contextlib
 import os

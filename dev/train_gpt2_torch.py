@@ -1,7 +1,8 @@
 """
 GPT-2 in PyTorch: the numbers that train_gpt2.py is measured against.
 
-This file shares no code with train_gpt2.py, so that a mistake in one does not hide in the other.
+This file shares no code with train_gpt2.py, so that a mistake in one does not hide in the other; it even has its own
+numbers of llm.c's formats, and takes from the rest only what makes writing safe.
 It computes in float32 on the CPU and knows one process and one device: no CUDA, no mixed precision.
 It does one of two things.
 
@@ -21,8 +22,12 @@ On one machine, with the same number of threads, the same command writes the sam
 tiny always computes on one thread.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
-import contextlib
 import glob
 import json
 import math
@@ -35,6 +40,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from dev.run.files import NewFile
 
 # -----------------------------------------------------------------------------
 # The model
@@ -294,22 +301,6 @@ def read_header(f, path, kind, magic, versions):
     return header
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """A file to write to, which gets its name only when it is complete."""
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        print(f"wrote {path}")
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)  # only there if something went wrong
-
-
 def write_header(f, *words):
     f.write(np.array(words + (0,) * (256 - len(words)), "<i4").tobytes())
 
@@ -326,20 +317,22 @@ def write_tensors(f, model, dtype, grads=False):
 
 def write_model(path, model, dtype):
     config = model.config
-    with atomic_write(path) as f:
+    with NewFile(path) as f:
         version = 3 if dtype == torch.float32 else 5
         write_header(f, 20240326, version, config.maxT, config.V, config.L, config.NH, config.C, config.Vp)
         write_tensors(f, model, dtype)
+    print(f"wrote {path}")
 
 
 def write_debug_state(path, model, x, y, logits, loss):
-    with atomic_write(path) as f:
+    with NewFile(path) as f:
         write_header(f, 20240327, 2, *x.shape)
         f.write(x.numpy().astype("<i4").tobytes())
         f.write(y.numpy().astype("<i4").tobytes())
         f.write(logits.detach().numpy().astype("<f4").tobytes())  # [B, T, V], without the padding
         f.write(np.float32(loss.item()).astype("<f4").tobytes())
         write_tensors(f, model, torch.float32, grads=True)
+    print(f"wrote {path}")
 
 
 class DataLoader:
@@ -376,7 +369,7 @@ class DataLoader:
 
     def permute(self, a):
         draws = self.rng.randint(0, 2**32, size=max(len(a) - 1, 0), dtype=np.uint32).tolist()
-        for i, draw in zip(range(len(a) - 1, 0, -1), draws):
+        for i, draw in zip(range(len(a) - 1, 0, -1), draws, strict=True):
             j = draw % (i + 1)
             a[i], a[j] = a[j], a[i]
 
@@ -446,11 +439,12 @@ def write_reference(name, model, x, y, directory, weights):
         optimizer.step()
         losses.append(loss.item())
     summary = {"model": name, "torch": torch.__version__, "B": x.shape[0], "T": x.shape[1], **settings}
-    with atomic_write(f"{path}_debug_state.json") as f:
+    with NewFile(f"{path}_debug_state.json") as f:
         f.write(json.dumps({**summary, "losses": losses}, indent=1).encode() + b"\n")
+    print(f"wrote {path}_debug_state.json")
     tokenizer_path = os.path.join(directory, "gpt2_tokenizer.bin")
     if model.config.V == 50257 and not os.path.exists(tokenizer_path):
-        from data.data_common import write_tokenizer  # in dev/data/; needs tiktoken, so only where it is used
+        from dev.data.vocabulary import write_tokenizer  # needs tiktoken, so only where it is used
 
         write_tokenizer(tokenizer_path)
 

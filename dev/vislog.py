@@ -4,7 +4,14 @@ Plots training runs: loss, learning rate and, where a run measured it, HellaSwag
     python dev/vislog.py RUN [RUN ...] -o run.png                a run is a folder, or a file such as RUN/main.log
     python dev/vislog.py a=RUN b=RUN -o runs.svg --smooth 50     under other names, smoothed over 50 steps
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
+import itertools
 import math
 import re
 import sys
@@ -12,7 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 
 # What OpenAI's checkpoints reach: validation loss on FineWeb and HellaSwag accuracy, as in llm.c's dev/vislog.ipynb.
-GPT2 = {"124M": (3.424958, 0.294463), "350M": (3.083089, 0.375224), "774M": (3.000580, 0.431986), "1558M": (2.831273, 0.488946)}
+GPT2 = {"124M": (3.424958, 0.294463), "350M": (3.083089, 0.375224),
+        "774M": (3.000580, 0.431986), "1558M": (2.831273, 0.488946)}
 COLORS = "#2563c9", "#d9662b", "#2a8f5f", "#8a4fbf", "#c2334d", "#7d6a1f", "#1f8a9c", "#5b5b5b"
 INK, FAINT, GRID = "#222222", "#767676", "#e6e6e6"
 
@@ -41,7 +49,7 @@ def read_log(path):
 
 
 def find_runs(arguments):
-    """[(name, path of its log)] for folders and files, each optionally as NAME=PATH. ValueError where there is no log."""
+    """[(name, path of its log)] for folders and files, each optionally as NAME=PATH. ValueError where there is none."""
     runs = []
     for argument in arguments:
         name, _, path = argument.rpartition("=") if not Path(argument).exists() else ("", "", argument)
@@ -51,6 +59,12 @@ def find_runs(arguments):
             raise ValueError(f"no {log}\n---> HINT: a run writes its log into the folder that -o names")
         runs.append((name or (log.resolve().parent.name if log.name == "main.log" else log.stem), log))
     return runs
+
+
+def columns(stream):
+    """The steps of a stream in their order, and the values beside them"""
+    steps = sorted(stream)
+    return steps, [stream[step] for step in steps]
 
 
 def smoothed(values, window):
@@ -85,9 +99,9 @@ def label_ends(axes, labels, size=9):
     at = [min(max((y - low) / (high - low), 0), 1) for y, _, _ in labels]
     height = axes.get_position().height * axes.figure.get_figheight() * 72
     lines = max((len(text) for _, text, _ in labels), default=1)
-    for y, (_, text, color) in zip(spread(at, (1.25 * lines + 0.35) * size / height), labels):
-        axes.annotate("\n".join(text), (1, y), (8, 0), xycoords="axes fraction", textcoords="offset points", color=color,
-                      fontsize=size, va="center", linespacing=1.25, annotation_clip=False)
+    for y, (_, text, color) in zip(spread(at, (1.25 * lines + 0.35) * size / height), labels, strict=True):
+        axes.annotate("\n".join(text), (1, y), (8, 0), xycoords="axes fraction", textcoords="offset points",
+                      color=color, fontsize=size, va="center", linespacing=1.25, annotation_clip=False)
 
 
 def draw_references(axes, which):
@@ -97,8 +111,9 @@ def draw_references(axes, which):
     for i, (size, value) in enumerate(seen):
         above = size in ("124M", "350M")
         axes.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-        axes.annotate(f"GPT-2 {size}", (0.008 + 0.095 * i, value), (0, 2 if above else -2.5), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", color=FAINT, fontsize=7.5, va="bottom" if above else "top", zorder=1.6,
+        axes.annotate(f"GPT-2 {size}", (0.008 + 0.095 * i, value), (0, 2 if above else -2.5),
+                      xycoords=("axes fraction", "data"), textcoords="offset points", color=FAINT, fontsize=7.5,
+                      va="bottom" if above else "top", zorder=1.6,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8})
     return bool(seen)
 
@@ -132,40 +147,44 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
 
     names = ["loss", "rate"] + ["eval"] * any(streams["eval"] for _, streams in runs)
     longest = max(18, *(len(name) for name, _ in runs))
-    figure, panels = pyplot.subplots(len(names), 1, sharex=True, figsize=(10, 4.4 + 0.9 * len(names)), dpi=150, gridspec_kw={
-        "height_ratios": [3.4, 1, 1.2][:len(names)], "hspace": 0.42, "left": 0.06, "right": max(0.5, 0.975 - 0.0078 * longest),
-        "top": 0.88 if title else 0.93, "bottom": 0.075})
-    axes = dict(zip(names, panels))
+    size = 10, 4.4 + 0.9 * len(names)
+    figure, panels = pyplot.subplots(len(names), 1, sharex=True, figsize=size, dpi=150, gridspec_kw={
+        "height_ratios": [3.4, 1, 1.2][:len(names)], "hspace": 0.42, "left": 0.06,
+        "right": max(0.5, 0.975 - 0.0078 * longest), "top": 0.88 if title else 0.93, "bottom": 0.075})
+    axes = dict(zip(names, panels, strict=True))
     low, high = range_of_losses(runs)
     axes["loss"].set_ylim(low if loss_min is None else loss_min, high if loss_max is None else loss_max)
     last = max(step for _, streams in runs for values in streams.values() for step in values)
     axes["loss"].set_xlim(0, 1.006 * max(1, last))
 
     ends = {name: [] for name in names}
-    for (name, streams), color in zip(runs, COLORS * len(runs)):
+    for (name, streams), color in zip(runs, itertools.cycle(COLORS), strict=False):
         text = []
         if streams["trl"]:
-            steps, losses = zip(*sorted(streams["trl"].items()))
+            steps, losses = columns(streams["trl"])
             mean = smoothed(losses, smooth or len(losses) // 50)
             axes["loss"].plot(steps, losses, color=color, alpha=0.22, linewidth=0.7)
             axes["loss"].plot(steps, mean, color=color, linewidth=1.5)
             text.append(f"train {mean[-1]:.3f}")
         if streams["tel"]:
-            steps, losses = zip(*sorted(streams["tel"].items()))
-            axes["loss"].plot(steps, losses, color=color, linewidth=0.9, linestyle=(0, (3, 1.5)), marker="o", markersize=3.4,
-                              markerfacecolor="white", markeredgewidth=1.1)
+            steps, losses = columns(streams["tel"])
+            axes["loss"].plot(steps, losses, color=color, linewidth=0.9, linestyle=(0, (3, 1.5)), marker="o",
+                              markersize=3.4, markerfacecolor="white", markeredgewidth=1.1)
             text.insert(0, f"val {losses[-1]:.3f}")
         ends["loss"].append((losses[-1], [name, "  ".join(text)], color))
         if streams["lr"]:
-            axes["rate"].plot(*zip(*sorted(streams["lr"].items())), color=color, linewidth=1.5)
+            axes["rate"].plot(*columns(streams["lr"]), color=color, linewidth=1.5)
         if streams["eval"]:
-            steps, accuracies = zip(*sorted(streams["eval"].items()))
+            steps, accuracies = columns(streams["eval"])
             axes["eval"].plot(steps, accuracies, color=color, linewidth=1.2, marker="o", markersize=3)
             ends["eval"].append((accuracies[-1], [f"{name} {100 * accuracies[-1]:.1f}%"], color))
 
-    keys = ["line: train", "circles: validation"] + ["dotted: OpenAI's models on FineWeb"] * draw_references(axes["loss"], 0)
+    keys = ["line: train", "circles: validation"]
+    if draw_references(axes["loss"], 0):
+        keys.append("dotted: OpenAI's models on FineWeb")
     style(axes["loss"], f"Loss ({', '.join(keys)})", FuncFormatter(lambda y, _: f"{y:g}"))
-    style(axes["rate"], "Learning rate", FuncFormatter(lambda y, _: re.sub(r"(\.0)?e-0?", "e-", f"{y:.1e}") if y else "0"))
+    style(axes["rate"], "Learning rate",
+          FuncFormatter(lambda y, _: re.sub(r"(\.0)?e-0?", "e-", f"{y:.1e}") if y else "0"))
     axes["rate"].set_ylim(bottom=0)
     axes["rate"].yaxis.set_major_locator(MaxNLocator(3))
     if "eval" in axes:
@@ -182,10 +201,12 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="vislog.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="vislog.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder or log, optionally as NAME=PATH")
     parser.add_argument("-o", "--output", default="runs.png", help="the picture: .png, .svg or .pdf")
-    parser.add_argument("--smooth", type=int, help="steps that the train loss is averaged over (default: a fiftieth of the run)")
+    parser.add_argument("--smooth", type=int,
+                        help="steps that the train loss is averaged over (default: a fiftieth of the run)")
     parser.add_argument("--loss_min", type=float, help="lower end of the loss axis")
     parser.add_argument("--loss_max", type=float, help="upper end of the loss axis")
     parser.add_argument("--title", help="above the picture")

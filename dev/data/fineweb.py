@@ -10,20 +10,18 @@ shard. Hugging Face's parquet files are fetched one by one, as they are needed, 
 more shards to come they will be needed again, otherwise they can be deleted. Needs pyarrow, except with --ready.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import json
 
-from data_common import (
-    HF,
-    ShardWriter,
-    add_common_flags,
-    check_shard,
-    download,
-    pieces,
-    read_parquet,
-    run,
-    tokenize,
-)
+from dev.data.command_line import add_common_flags, run
+from dev.data.download import HF, download
+from dev.data.shards import ShardWriter, check_shard
+from dev.data.tokenising import pieces, read_parquet, tokenize
 
 REPOSITORIES = {"classic": ("fineweb", "HuggingFaceFW/fineweb"), "edu": ("edu_fineweb", "HuggingFaceFW/fineweb-edu")}
 READY = "karpathy/fineweb-edu-100B-gpt2-token-shards"  # 100 B tokens of FineWeb-Edu: val_000000, train_000001 … 001001

@@ -5,10 +5,18 @@ HellaSwag, https://github.com/rowanz/hellaswag: which of four endings goes on wi
     python dev/data/hellaswag.py --split train      # 39,905 examples
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import json
 
-from data_common import add_common_flags, download, get_encoder, run, write_evalfile
+from dev.data.command_line import add_common_flags, run
+from dev.data.download import download
+from dev.data.shards import write_evalfile
+from dev.data.vocabulary import get_encoder
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
 

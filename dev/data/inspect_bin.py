@@ -7,21 +7,36 @@ Knows token shards, evaluation sets, models, debug states, optimiser states and 
 the formats. Exit status 1 if any file is not what its header says.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import os
 from pathlib import Path
 
 import numpy as np
-from data_common import DATA, EOT, EVAL_MAGIC, SHARD_MAGIC, TOKENIZER_MAGIC, VOCAB_SIZE, file_sha256, run
 
-MODEL_MAGIC, DEBUG_MAGIC, STATE_MAGIC = 20240326, 20240327, 20240527
+from dev.data.command_line import DATA, run
+from dev.data.download import file_sha256
+from dev.data.vocabulary import EOT, VOCAB_SIZE
+from dev.run.files import (
+    DEBUG_STATE_MAGIC,
+    EVAL_MAGIC,
+    HEADER_BYTES,
+    MODEL_MAGIC,
+    SHARD_MAGIC,
+    STATE_MAGIC,
+    TOKENIZER_MAGIC,
+)
 
 
 def read_tokenizer(path):
     """The bytes of every token, and where they end in the file."""
     content = path.read_bytes()
     count = int(np.frombuffer(content, "<u4", 4)[2])
-    tokens, position = [], 1024
+    tokens, position = [], HEADER_BYTES
     while len(tokens) < count and position < len(content):
         end = position + 1 + content[position]
         tokens.append(content[position + 1 : end])
@@ -64,8 +79,8 @@ def inspect_shard(r, header):
     count = int(header[2])
     r.line("tokens", f"{count:,}")
     r.check(header[1] == 1, f"version {header[1]}, known is 1")
-    r.check_size(1024 + 2 * count)
-    tokens = r.map("<u2", 1024, count)
+    r.check_size(HEADER_BYTES + 2 * count)
+    tokens = r.map("<u2", HEADER_BYTES, count)
     if r.check(len(tokens), "no tokens"):
         blocks = [tokens[i : i + 10**7] for i in range(0, len(tokens), 10**7)]
         largest = max(int(b.max()) for b in blocks)
@@ -82,12 +97,13 @@ def inspect_eval(r, header):
     r.line("examples", f"{count:,}")
     r.line("longest", f"{longest:,} bytes")
     r.check(header[1] == 1, f"version {header[1]}, known is 1")
-    words = r.map("<u2", 1024, (r.size - 1024) // 2).astype(int)
+    words = r.map("<u2", HEADER_BYTES, (r.size - HEADER_BYTES) // 2).astype(int)
     position, sizes, labels, completions = 0, [], [], set()
     for i in range(count):
         example = words[position : position + (int(words[position + 1]) // 2 if position + 1 < len(words) else 0)]
         parts = split_example(example)
-        if not r.check(parts is not None and example[2] == i, f"example {i}, at byte {1024 + 2 * position}, is broken"):
+        start = HEADER_BYTES + 2 * position
+        if not r.check(parts is not None and example[2] == i, f"example {i}, at byte {start}, is broken"):
             return
         if i == 0:
             r.line("first context", r.text(parts[0]))
@@ -100,7 +116,7 @@ def inspect_eval(r, header):
     r.line("completions", " ".join(map(str, sorted(completions))))
     r.line("labels", "  ".join(f"{label}: {labels.count(label):,}" for label in sorted(set(labels))))
     r.check(sizes and max(sizes) == longest, f"the longest example has {max(sizes, default=0)} bytes, not {longest}")
-    r.check_size(1024 + 2 * position)
+    r.check_size(HEADER_BYTES + 2 * position)
 
 
 def split_example(example):
@@ -136,9 +152,9 @@ def inspect_model(r, header):
     count = sum(int(np.prod(shape)) for shape in table.values())
     r.line("parameters", f"{count:,}")
     width = 2 if version == 5 else 4
-    if r.check_size(1024 + width * count):
-        inspect_tensors(r, table, 1024, "<u2" if version == 5 else "<f4")
-        padding = r.map("<u2" if version == 5 else "<f4", 1024 + width * V * C, (Vp - V) * C)
+    if r.check_size(HEADER_BYTES + width * count):
+        inspect_tensors(r, table, HEADER_BYTES, "<u2" if version == 5 else "<f4")
+        padding = r.map("<u2" if version == 5 else "<f4", HEADER_BYTES + width * V * C, (Vp - V) * C)
         r.check(not padding.any(), "the padding of wte is not zero")
 
 
@@ -163,17 +179,17 @@ def inspect_debug(r, header):
     B, T = int(header[2]), int(header[3])
     r.line("batch", f"B={B}, T={T}")
     r.check(header[1] == 2, f"version {header[1]}, known is 2")
-    if not r.check(0 < B and 0 < T and 1024 + 8 * B * T <= r.size, "the header contradicts itself or the size"):
+    if not r.check(0 < B and 0 < T and HEADER_BYTES + 8 * B * T <= r.size, "the header contradicts itself or the size"):
         return
-    x, y = r.map("<i4", 1024, B * T), r.map("<i4", 1024 + 4 * B * T, B * T)
+    x, y = r.map("<i4", HEADER_BYTES, B * T), r.map("<i4", HEADER_BYTES + 4 * B * T, B * T)
     r.line("inputs", r.text(x[:48]))
     r.line("targets", r.text(y[:48]))
     r.line("largest token", int(max(x.max(), y.max())))
     r.check(min(x.min(), y.min()) >= 0, "there are negative tokens")
-    r.check((r.size - 1024) % 4 == 0, f"{r.size:,} bytes are not a whole number of float32")
+    r.check((r.size - HEADER_BYTES) % 4 == 0, f"{r.size:,} bytes are not a whole number of float32")
     # B·T·V logits, the loss, then the gradients; how many there are depends on a model that the header does not name
-    if r.size > 1024 + 4 * (2 * B * T + B * T * VOCAB_SIZE):
-        loss = r.map("<f4", 1024 + 4 * (2 * B * T + B * T * VOCAB_SIZE), 1)
+    if r.size > HEADER_BYTES + 4 * (2 * B * T + B * T * VOCAB_SIZE):
+        loss = r.map("<f4", HEADER_BYTES + 4 * (2 * B * T + B * T * VOCAB_SIZE), 1)
         r.line("loss", f"{loss[0]:.6f}, if the vocabulary is GPT-2's")
 
 
@@ -189,9 +205,10 @@ def inspect_state(r, header):
     # the number of parameters is not in the header: it is what the size leaves for m and v (and the master weights)
     arrays = 3 if header[4] else 2
     if not header[5]:
-        r.line("parameters", f"{(r.size - 1024) // (4 * arrays):,}")
-        r.check((r.size - 1024) % (4 * arrays) == 0, f"{r.size:,} bytes do not hold {arrays} equal arrays of float32")
-    r.check(r.size > 1024, "there is nothing after the header")
+        r.line("parameters", f"{(r.size - HEADER_BYTES) // (4 * arrays):,}")
+        r.check((r.size - HEADER_BYTES) % (4 * arrays) == 0,
+                f"{r.size:,} bytes do not hold {arrays} equal arrays of float32")
+    r.check(r.size > HEADER_BYTES, "there is nothing after the header")
 
 
 def inspect_tokenizer(r, header):
@@ -210,7 +227,7 @@ KINDS = {
     SHARD_MAGIC: ("token shard", inspect_shard),
     EVAL_MAGIC: ("evaluation set", inspect_eval),
     MODEL_MAGIC: ("model", inspect_model),
-    DEBUG_MAGIC: ("debug state", inspect_debug),
+    DEBUG_STATE_MAGIC: ("debug state", inspect_debug),
     STATE_MAGIC: ("optimiser state", inspect_state),
     TOKENIZER_MAGIC: ("tokenizer", inspect_tokenizer),
 }
@@ -219,7 +236,8 @@ KINDS = {
 def inspect(path, tokenizer):
     """Print what is in the file; whether it is in order."""
     with open(path, "rb") as f:
-        header = np.frombuffer(f.read(1024), "<i4", -1) if os.path.getsize(path) >= 1024 else np.zeros(256, "<i4")
+        content = f.read(HEADER_BYTES)
+    header = np.frombuffer(content if len(content) == HEADER_BYTES else bytes(HEADER_BYTES), "<i4")
     kind, function = KINDS.get(int(header[0]), ("unknown", None))
     report = Report(path, tokenizer)
     print(f"{path}: {kind}, version {header[1]}, {report.size:,} bytes")

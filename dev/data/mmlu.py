@@ -8,12 +8,20 @@ The subjects come in the order of their names. The context is "Question: …\\n\
 the answer.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import csv
 import io
 import tarfile
 
-from data_common import add_common_flags, download, get_encoder, run, write_evalfile
+from dev.data.command_line import add_common_flags, run
+from dev.data.download import download
+from dev.data.shards import write_evalfile
+from dev.data.vocabulary import get_encoder
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 

@@ -7,9 +7,19 @@ that there is something to train on without any network.
 Writes data/pydoc/pydoc_{val,train}.bin: every tenth topic is for validation. Also writes data/gpt2_tokenizer.bin.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
+from pydoc_data.topics import topics
 
 import numpy as np
+
+from dev.data.command_line import add_common_flags, run
+from dev.data.shards import write_datafile
+from dev.data.vocabulary import get_encoder, write_tokenizer
 
 
 def tokenize(topics, encoder):
@@ -21,10 +31,6 @@ def tokenize(topics, encoder):
 
 
 def main():
-    from pydoc_data.topics import topics
-
-    from data_common import add_common_flags, get_encoder, write_datafile, write_tokenizer
-
     parser = argparse.ArgumentParser(description="Python's language reference into token shards")
     add_common_flags(parser)
     args = parser.parse_args()
@@ -34,22 +40,5 @@ def main():
         write_tokenizer(args.data_dir / "gpt2_tokenizer.bin")
 
 
-def __getattr__(name):
-    """
-    This file hides Python's own pydoc from the scripts beside it, and pdb, among others, imports that: hand over
-    whatever is looked up here and is not ours.
-    """
-    import importlib.util
-    import sysconfig
-
-    spec = importlib.util.spec_from_file_location("_pydoc", sysconfig.get_path("stdlib") + "/pydoc.py")
-    standard = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(standard)
-    globals().update({k: v for k, v in vars(standard).items() if k not in globals()})
-    return getattr(standard, name)
-
-
 if __name__ == "__main__":
-    from data_common import run
-
     run(main)

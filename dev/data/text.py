@@ -12,6 +12,11 @@ Windows line ends become "\\n", empty documents are left out. Every k-th piece (
 long one) is held out for validation.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import gzip
 import io
@@ -21,7 +26,9 @@ import sys
 import zlib
 from pathlib import Path
 
-from data_common import ShardWriter, add_common_flags, pieces, read_parquet, run, show, tokenize
+from dev.data.command_line import add_common_flags, run, show
+from dev.data.shards import ShardWriter
+from dev.data.tokenising import pieces, read_parquet, tokenize
 
 EXTENSIONS = """
     .txt .text .md .rst .tex .html .xml .csv .jsonl .ndjson .parquet

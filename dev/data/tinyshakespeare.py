@@ -8,10 +8,18 @@ Writes data/tinyshakespeare/tiny_shakespeare_{val,train}.bin: the first 32,768 t
 Also writes data/gpt2_tokenizer.bin.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 from pathlib import Path
 
-from data_common import add_common_flags, download, get_encoder, run, write_datafile, write_tokenizer
+from dev.data.command_line import add_common_flags, run
+from dev.data.download import download
+from dev.data.shards import write_datafile
+from dev.data.vocabulary import get_encoder, write_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -7,6 +7,11 @@ Writes data/tinystories/TinyStories_{val,train}.bin, about 19 and 926 million to
 validation. The stories of a file are shuffled, always in the same way; the files keep their order.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import json
 import random
@@ -14,7 +19,11 @@ import re
 import shutil
 import tarfile
 
-from data_common import HF, ShardWriter, add_common_flags, atomic_write, download, pieces, run, show, tokenize
+from dev.data.command_line import add_common_flags, run, show
+from dev.data.download import HF, download
+from dev.data.shards import ShardWriter
+from dev.data.tokenising import pieces, tokenize
+from dev.run.files import NewFile
 
 URL = f"{HF}/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 
@@ -24,16 +33,16 @@ def unpack(archive, folder):
     marker = folder / ".complete"
     if not marker.exists():
         print(f"unpacking {show(archive)} to {show(folder)}")
+        folder.mkdir(exist_ok=True)
         try:
             with tarfile.open(archive) as tar:
                 for member in tar:
                     name = member.name.rpartition("/")[2]
                     if member.isfile() and name.endswith(".json") and not name.startswith("."):
-                        with atomic_write(folder / name) as f:
+                        with NewFile(folder / name) as f:
                             shutil.copyfileobj(tar.extractfile(member), f, 1 << 20)
         except (tarfile.TarError, EOFError) as e:
             raise ValueError(f"{archive} cannot be unpacked: {e}\n---> HINT: delete it and run again") from None
-        folder.mkdir(exist_ok=True)
         marker.touch()
     return sorted(folder.glob("*.json"))
 

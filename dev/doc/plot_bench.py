@@ -4,6 +4,12 @@ Pictures what dev/bench.py measured: how long a training step takes, against the
     python -m dev.bench --torch --llmc llm.c/train_gpt2
     python dev/doc/plot_bench.py data/bench.json -o dev/doc/step_time.svg     needs matplotlib
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import json
 from pathlib import Path
@@ -18,7 +24,8 @@ def results_by_shape(results):
     for ours in results.get("steps", []):
         found = {}
         for peer, section in (("PyTorch", "torch"), ("llm.c", "llmc")):
-            rows = [row for row in results.get(section, []) if "ratio" in row and (row["B"], row["T"]) == (ours["B"], ours["T"])]
+            rows = [row for row in results.get(section, [])
+                    if "ratio" in row and (row["B"], row["T"]) == (ours["B"], ours["T"])]
             if rows:
                 found[peer] = min(rows, key=lambda row: row["ms"])
         pairs.append((ours, found))
@@ -42,8 +49,10 @@ def markdown(results):
     lines = [line(f"{results['model']}, float32", "llm.numba", "PyTorch", "llm.c", "the limit"), line(*["---"] * 5)]
     pairs = results_by_shape(results)
     for ours, peers in pairs:
-        cells = [f"{seconds(peers[p]['ms'])}, ours takes {peers[p]['ratio']:.2f} of it" if p in peers else "" for p in PEERS]
-        lines.append(line(f"a step, B={ours['B']}, T={ours['T']}", f"{seconds(ours['ms'])}, {ours['percent']:.0f} % of FMA peak",
+        cells = [f"{seconds(peers[p]['ms'])}, ours takes {peers[p]['ratio']:.2f} of it" if p in peers else ""
+                 for p in PEERS]
+        lines.append(line(f"a step, B={ours['B']}, T={ours['T']}",
+                          f"{seconds(ours['ms'])}, {ours['percent']:.0f} % of FMA peak",
                           *cells, seconds(ours["limit_ms"])))
     torch = {(ours["B"], ours["T"]): f"{peers['PyTorch']['peak_mib'] / 1024:.1f} GiB"
              for ours, peers in pairs if "PyTorch" in peers}
@@ -60,7 +69,7 @@ def markdown(results):
 
 
 def plot_steps(axes, results):
-    """Bars: a step's time as a multiple of the hardware's limit. They stand on the limit, so their height is the loss."""
+    """Bars: a step's time as a multiple of the hardware's limit. They stand on it, so their height is the loss."""
     pairs = results_by_shape(results)
     names = ["llm.numba"] + [peer for peer in PEERS if any(peer in peers for _, peers in pairs)]
     highest, labels = 1.5, {}
@@ -71,8 +80,8 @@ def plot_steps(axes, results):
             x, times = group + (i - (len(present) - 1) / 2) * 0.27, rows[name]["ms"] / rows[name]["limit_ms"]
             bar = axes.bar(x, max(times - 1, 0), 0.25, bottom=1, color=PEERS.get(name, OURS))
             labels.setdefault(name, bar)
-            axes.annotate(seconds(rows[name]["ms"]), (x, max(times, 1)), (0, 3), textcoords="offset points", ha="center",
-                          color=INK, fontsize=9, weight="bold" if name == "llm.numba" else "normal")
+            axes.annotate(seconds(rows[name]["ms"]), (x, max(times, 1)), (0, 3), textcoords="offset points",
+                          ha="center", color=INK, fontsize=9, weight="bold" if name == "llm.numba" else "normal")
             highest = max(highest, times)
     ticks = [2**k for k in range(12) if 2**k < 2 * highest]
     axes.set_yscale("log")
@@ -80,7 +89,8 @@ def plot_steps(axes, results):
     axes.set_yticks([], minor=True)
     axes.set_ylim(0.96, 1.35 * highest)
     axes.set_xlim(-0.55, len(pairs) - 0.45)
-    axes.set_xticks(range(len(pairs)), [f"B={ours['B']}, T={ours['T']}\nlimit {seconds(ours['limit_ms'])}" for ours, _ in pairs])
+    axes.set_xticks(range(len(pairs)), [f"B={ours['B']}, T={ours['T']}\nlimit {seconds(ours['limit_ms'])}"
+                                        for ours, _ in pairs])
     axes.axhline(1, color=INK, linewidth=1.2)
     axes.grid(axis="y", color=GRID)
     axes.legend(labels.values(), labels, frameon=False, loc="upper right", ncols=len(labels))
@@ -91,15 +101,16 @@ def plot_curve(axes, results):
     """Lines: tokens a second against tokens a step, with the limit above"""
     rows = results["curve"]
     tokens = [row["B"] * row["T"] for row in rows]
-    limit = [1e3 * n / row["limit_ms"] for n, row in zip(tokens, rows)]
+    limit = [1e3 * n / row["limit_ms"] for n, row in zip(tokens, rows, strict=True)]
     axes.fill_between(tokens, limit, 1.15 * max(limit), color="#f0f0f0", linewidth=0)
     axes.plot(tokens, limit, color=INK, linewidth=1.2)
     axes.plot(tokens, [row["tokens_per_second"] for row in rows], "o-", color=OURS, linewidth=2, markersize=5,
               clip_on=False, zorder=3)
     middle = len(rows) // 2
-    axes.annotate("the limit", (tokens[middle], limit[middle]), (-6, 6), textcoords="offset points", ha="right", color=INK)
-    axes.annotate("llm.numba", (tokens[middle], rows[middle]["tokens_per_second"]), (8, -12), textcoords="offset points",
-                  color=OURS, weight="bold")
+    axes.annotate("the limit", (tokens[middle], limit[middle]), (-6, 6), textcoords="offset points", ha="right",
+                  color=INK)
+    axes.annotate("llm.numba", (tokens[middle], rows[middle]["tokens_per_second"]), (8, -12),
+                  textcoords="offset points", color=OURS, weight="bold")
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in tokens])
     axes.set_xticks([], minor=True)
@@ -114,16 +125,18 @@ def plot(results, path):
     """Draw what there is of steps and curve into a file whose name ends in .svg or .png."""
     import matplotlib
     matplotlib.use("agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "llm.numba", "font.size": 10, "axes.edgecolor": "#999999", "axes.axisbelow": True,
-                                "axes.titleweight": "bold", "axes.titlesize": 11, "text.color": INK, "axes.titlepad": 12,
-                                "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update({
+        "svg.hashsalt": "llm.numba", "font.size": 10, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.titleweight": "bold", "axes.titlesize": 11, "axes.titlepad": 12, "axes.edgecolor": "#999999",
+        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
-    panels = [(draw, width) for key, draw, width in (("steps", plot_steps, 1.25), ("curve", plot_curve, 1)) if results.get(key)]
+    panels = [(draw, width) for key, draw, width in (("steps", plot_steps, 1.25), ("curve", plot_curve, 1))
+              if results.get(key)]
     if not panels:
         raise ValueError("neither steps nor curve have been measured\n---> HINT: python -m dev.bench")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.8 * len(panels), 4.4), squeeze=False, layout="constrained",
-                                   width_ratios=[width for _, width in panels])
-    for (draw, _), a in zip(panels, axes[0]):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.8 * len(panels), 4.4), squeeze=False,
+                                   layout="constrained", width_ratios=[width for _, width in panels])
+    for (draw, _), a in zip(panels, axes[0], strict=True):
         draw(a, results)
     figure.supxlabel(f"GPT-2 {results['model']} in float32. {machine(results)}", fontsize=8, color="#777777")
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)

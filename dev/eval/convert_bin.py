@@ -7,13 +7,18 @@ Here is also what the other converters share. All of them read and write one ten
 6 GB, and need not fit into memory to be converted.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 from pathlib import Path
 
 import numpy as np
 
-from dev.data.data_common import atomic_write, run, show
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, read_header
+from dev.data.command_line import run, show
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, new_header, read_header
 from train_gpt2 import Tensors, model_config, parameter_table
 
 VERSIONS = {"fp32": 3, "bf16": 5}
@@ -52,14 +57,14 @@ class Checkpoint:
 
 def write_checkpoint(path, config, dtype, arrays):
     """Write a .bin; arrays: all of its tensors, in pieces of any size"""
-    c, header = config, np.zeros(256, "<i4")
-    header[:8] = (MODEL_MAGIC, VERSIONS[dtype], c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels,
-                  c.padded_vocab_size)
-    with atomic_write(path) as f:
-        f.write(header.tobytes())
+    c = config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NewFile(path) as f:
+        f.write(new_header(MODEL_MAGIC, VERSIONS[dtype], c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads,
+                           c.channels, c.padded_vocab_size))
         for x in arrays:
             f.write(from_float32(x, dtype).tobytes())
-    print(f"wrote {show(path)} ({Path(path).stat().st_size:,} bytes, {dtype})")
+    print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")
 
 
 def converter(description, source, result):

@@ -7,13 +7,19 @@ A checkpoint (.bin) into a GGUF file, tokenizer included, for llama.cpp and ever
 Needs the package gguf. Biases, LayerNorm and the position embedding stay float32, as in llama.cpp's own converter.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import json
 import math
 
-from dev.data.data_common import EOT, VOCAB_SIZE, atomic_write, run, show
+from dev.data.command_line import run, show
+from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import Checkpoint, converter
-from dev.eval.export_hf import vocabulary_file
 from dev.eval.import_hf import CONV1D, tensor_table
+from dev.run.files import NewFile
 
 try:
     import gguf
@@ -66,7 +72,8 @@ def add_tokenizer(writer, V):
 def export(checkpoint, path, dtype):
     config = checkpoint.config
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.num_layers)
-    with atomic_write(path) as f:  # the writer opens it by its name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NewFile(path) as f:  # the writer opens it by its name
         writer = gguf.GGUFWriter(f.name, "gpt2")
         writer.add_name(path.stem)
         add_config(writer, config, dtype)

@@ -9,25 +9,22 @@ A checkpoint (.bin) into a folder that Hugging Face's transformers loads, offlin
 Neither PyTorch nor transformers is needed to write it.
 """
 
-import hashlib
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import json
 import math
-import os
-from pathlib import Path
 
-from dev.data.data_common import EOT, VOCAB_SIZE, VOCABULARY_URL, atomic_write, get_encoder, run, show
+from dev.data.command_line import run, show
+from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import VERSIONS, Checkpoint, converter, from_float32
 from dev.eval.import_hf import CONV1D, PREFIX, tensor_table
+from dev.run.files import NewFile
 
 SAFETENSORS = {"fp32": "F32", "bf16": "BF16"}
 TORCH = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-def vocabulary_file(name):
-    """The content of GPT-2's encoder.json or vocab.bpe, from tiktoken's cache"""
-    get_encoder()  # fetches both where they are missing, and sets TIKTOKEN_CACHE_DIR
-    cached = hashlib.sha1((VOCABULARY_URL + name).encode()).hexdigest()  # tiktoken's name for it
-    return (Path(os.environ["TIKTOKEN_CACHE_DIR"]) / cached).read_bytes()
 
 
 def end_of_text(config):
@@ -65,7 +62,7 @@ def write_safetensors(path, checkpoint, dtype):
         header[PREFIX + name] = {"dtype": SAFETENSORS[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
-    with atomic_write(path) as f:
+    with NewFile(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, layer, _, _ in table:
             x = checkpoint.tensor(name, layer)
@@ -88,10 +85,11 @@ def export(checkpoint, folder, dtype):
         print(f"a vocabulary of {config.vocab_size} is not GPT-2's: the model gets no tokenizer")
     files["config.json"] = hf_config(config, dtype)
 
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # without it a folder is no model: it comes when all else is there
     write_safetensors(folder / "model.safetensors", checkpoint, dtype)
     for name, content in files.items():
-        with atomic_write(folder / name) as f:
+        with NewFile(folder / name) as f:
             f.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
     print(f"wrote {show(folder)} ({dtype}): model.safetensors {' '.join(files)}")
 

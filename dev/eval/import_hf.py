@@ -10,6 +10,11 @@ something else than our GPT-2 is refused. From the hub the files come by HTTPS; 
 Neither PyTorch nor transformers is needed.
 """
 
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import json
 import math
 import re
@@ -17,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dev.data.data_common import DATA, HF, download, run, show
+from dev.data.command_line import DATA, run, show
+from dev.data.download import HF, download
 from dev.eval.convert_bin import VERSIONS, as_float32, converter, write_checkpoint
 from train_gpt2 import GPT2Config, parameter_table
 

@@ -5,7 +5,12 @@ MMLU: questions from 57 subjects with four answers. Chance is 0.25, and GPT-2 kn
     python -m dev.eval.mmlu -e data/gpt2_124M.bin --limit 1000
 """
 
-from dev.data.data_common import run
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
+from dev.data.command_line import run
 from dev.eval.multiple_choice import main
 
 if __name__ == "__main__":

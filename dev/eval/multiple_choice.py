@@ -7,7 +7,7 @@ train_gpt2.py reports the same during training (-h 1).
 import argparse
 import os
 
-from dev.data.data_common import Progress, say
+from dev.data.command_line import Progress, say
 from dev.run.multiple_choice import accuracy, read_examples, score
 from train_gpt2 import build
 

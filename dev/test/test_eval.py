@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dev.data.data_common import write_evalfile
+from dev.data.shards import write_evalfile
 from dev.eval import multiple_choice
 from dev.run.multiple_choice import read_examples, score
 from train_gpt2 import GPT2

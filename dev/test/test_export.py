@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flaky_server import FlakyServer
 
-from dev.data import data_common
+from dev.data import download
+from dev.data.vocabulary import VOCABULARY, get_encoder
 from dev.eval import export_gguf, export_hf, import_hf
 from dev.eval.convert_bin import Checkpoint, as_float32, from_float32
 from train_gpt2 import GPT2, GPT2Config
@@ -186,8 +187,8 @@ def test_tokenizer_of_the_folder_is_gpt2s(tmp_path, vocabulary, transformers):
     export_hf.export(Checkpoint(path), tmp_path / "hf", "bf16")
     for name, original in ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe"):
         sha256 = hashlib.sha256((tmp_path / "hf" / name).read_bytes()).hexdigest()
-        assert sha256 == data_common.VOCABULARY[original]
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), data_common.get_encoder()
+        assert sha256 == VOCABULARY[original]
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), get_encoder()
     for text in "Hello world, it's  naïve\n\n日本 don 't .", " \t x<|endoftext|>1234567":
         ids = ours.encode(text, allowed_special="all")
         assert theirs(text).input_ids == ids and theirs.decode(ids) == text
@@ -281,10 +282,10 @@ def test_errors_are_one_line_and_a_hint(script, folder, tmp_path, python):
 
 @pytest.fixture
 def hub(monkeypatch, folder):
-    monkeypatch.setattr(data_common, "BACKOFF", 0.01)
+    monkeypatch.setattr(download, "BACKOFF", 0.01)
     monkeypatch.setenv("HF_TOKEN", "secret")
     with FlakyServer() as server:
-        for module in data_common, import_hf:
+        for module in download, import_hf:
             monkeypatch.setattr(module, "HF", server.url)
         server.base = "/openai-community/gpt2/resolve/main/"
         server.files = {server.base + p.name: p.read_bytes() for p in folder.iterdir()}
@@ -363,7 +364,8 @@ def test_gguf_holds_the_same_tensors(dtype, tiny, tmp_path, gguf):
     params, expected = Checkpoint(tiny).params, {}
     for name, theirs in LLAMA_CPP.items():
         x = np.array(getattr(params, name))
-        expected.update({theirs.format(l): (name, x[l]) for l in range(2)} if "{}" in theirs else {theirs: (name, x)})
+        layers = {theirs.format(layer): (name, x[layer]) for layer in range(2)}
+        expected.update(layers if "{}" in theirs else {theirs: (name, x)})
     assert tensors.keys() == expected.keys()
     for theirs, (name, x) in expected.items():
         x = x[:300] if name == "wte" else x

@@ -33,8 +33,8 @@ def test_log(write_run):
                                      "norm": {0: 3.1, 1: 2.9}, "eval": {2: 0.26}}, 0)
 
 
-@pytest.mark.parametrize("line", ["", "s:", "s:3", "s:3 trl:", "s:3 trl:abc", "s:3 trl:nan lr:1", "s:3 trl:4.0 lr", "x:3 trl:4",
-                                  "s:-3 trl:4", "s:3 trl:4:5", "\0\0\0"])
+@pytest.mark.parametrize("line", ["", "s:", "s:3", "s:3 trl:", "s:3 trl:abc", "s:3 trl:nan lr:1", "s:3 trl:4.0 lr",
+                                  "x:3 trl:4", "s:-3 trl:4", "s:3 trl:4:5", "\0\0\0"])
 def test_malformed_lines_are_counted(write_run, line):
     assert read(write_run, f"s:1 trl:4\n{line}\ns:5 trl:3\n") == ({"trl": {1: 4, 5: 3}}, 1)
 
@@ -52,14 +52,16 @@ def test_smoothed():
 
 def test_labels_are_spread():
     assert vislog.spread([], 1) == [] and vislog.spread([5, 1, 3], 1) == [5, 1, 3]
-    assert vislog.spread([1, 1, 1], 1) == pytest.approx([0, 1, 2]) and vislog.spread([0, 10.2, 10], 1) == pytest.approx([0, 10.6, 9.6])
+    assert vislog.spread([1, 1, 1], 1) == pytest.approx([0, 1, 2])
+    assert vislog.spread([0, 10.2, 10], 1) == pytest.approx([0, 10.6, 9.6])
     places = sorted(vislog.spread([0.5, 0.52, 0.9, 0.55, 0.1, 0.12], 0.1))
     assert all(b - a > 0.0999 for a, b in itertools.pairwise(places))
 
 
 def test_names_of_runs(write_run, tmp_path):
     run = write_run("a")
-    assert vislog.find_runs([run, f"b={run}", run / "main.log"]) == [(name, run / "main.log") for name in ("a", "b", "a")]
+    log = run / "main.log"
+    assert vislog.find_runs([run, f"b={run}", log]) == [("a", log), ("b", log), ("a", log)]
     (tmp_path / "other.txt").touch()
     assert vislog.find_runs([str(tmp_path / "other.txt")]) == [("other", tmp_path / "other.txt")]
 
@@ -79,10 +81,12 @@ def test_picture(write_run, tmp_path, capsys, suffix, begins):
 def test_text_of_a_picture(write_run, tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text as text
-    run = write_run("my_run", "".join(f"s:{s} trl:{4 - s / 100:.4f} lr:0.000600 norm:1.00\n" for s in range(100)) + "s:100 tel:3.1\n")
+    steps = "".join(f"s:{s} trl:{4 - s / 100:.4f} lr:0.000600 norm:1.00\n" for s in range(100))
+    run = write_run("my_run", steps + "s:100 tel:3.1\n")
     vislog.main([str(run), "-o", str(tmp_path / "run.svg")])
     text = (tmp_path / "run.svg").read_text()
-    assert all(word in text for word in ("my_run", "val 3.100", "train 3.010", "GPT-2 124M", "GPT-2 350M", "Learning rate"))
+    words = "my_run", "val 3.100", "train 3.010", "GPT-2 124M", "GPT-2 350M", "Learning rate"
+    assert all(word in text for word in words)
     assert "GPT-2 1558M" not in text and "HellaSwag" not in text
 
 

@@ -1,0 +1,1 @@
+"""Text into what the trainer reads."""

@@ -1,0 +1,196 @@
+"""
+Fetching files: whatever happens to the network, a file under its final name is complete.
+"""
+
+import errno
+import hashlib
+import os
+import socket
+import sys
+import time
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import requests
+
+from dev.data.command_line import Progress, say, show
+
+HF = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+BACKOFF = 1.0  # seconds before the first retry, doubled for each one after it
+LONGEST_WAIT = 120  # a server that asks for more patience than this (Retry-After) is given up
+
+
+class Retry(Exception):
+    """A download failed in a way that may pass. wait: seconds the server asked us to wait."""
+
+    def __init__(self, message, wait=0.0):
+        super().__init__(message)
+        self.wait = wait
+
+
+def download(url, path, size=None, sha256=None, timeout=30.0, retries=5):
+    """
+    Fetch url into path; nothing happens when it is already there. Returns path.
+
+    size and sha256, where known, are checked; the size is also checked against what the server says. The bytes go to
+    path.part, which an interrupted download leaves behind and the next one goes on from. Stalls (timeout, in seconds),
+    lost connections and busy servers are retried with growing pauses, `retries` times in a row without any progress;
+    a host that cannot be reached to begin with is an error at once. Proxies are taken from the environment, as ever
+    with requests, and HF_TOKEN is sent to Hugging Face.
+
+    Raises OSError (network, disk) or ValueError (not the file that was expected).
+    """
+    path = Path(path)
+    if path.exists():
+        if size is not None and path.stat().st_size != size:
+            say(f"{show(path)} has {path.stat().st_size:,} bytes instead of {size:,}; fetching it anew")
+        elif sha256 is not None and file_sha256(path) != sha256:
+            say(f"{show(path)} is not the file it should be; fetching it anew")
+        else:
+            return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    say(f"downloading {url} to {show(path)}")
+    progress = Progress(path.name)
+    failures, reached = 0, False
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch(url, part, size, timeout, progress)
+            break
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+            # no answer to the first call: no network, no such host, a firewall; waiting will not help
+            if not reached and not part.exists() and _unreachable(e):
+                hint = "is there a network, or a proxy to set?"
+                raise OSError(f"cannot reach {url}: {_reason(e)}\n---> HINT: {hint}") from e
+            problem, wait = _reason(e), 0.0
+        except Retry as e:
+            problem, wait, reached = str(e), e.wait, True
+        finally:
+            progress.clear()
+        failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
+        if failures > retries or wait > LONGEST_WAIT:
+            raise OSError(f"cannot download {url}: {problem}\n---> HINT: run again later; what is there will be kept")
+        wait = max(wait, BACKOFF * 2 ** (failures - 1))
+        print(f"{path.name}: {problem}; trying again in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
+    if sha256 is not None and (found := file_sha256(part)) != sha256:
+        part.unlink()
+        raise ValueError(f"{url} has sha256 {found}, expected {sha256}\n---> HINT: run again to fetch it anew")
+    os.replace(part, path)
+    _identity_file(part).unlink(missing_ok=True)
+    return path
+
+
+def _fetch(url, part, size, timeout, progress):
+    """One attempt: ask for what `part` lacks and append it. Returns when `part` is complete."""
+    known = _identity_file(part)  # which file `part` is the beginning of: "ETag length"; without it, start over
+    have = part.stat().st_size if part.exists() and known.exists() else 0
+    if have and known.read_text().endswith(f" {have}"):
+        return  # stopped just before it was renamed
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    if url.startswith(HF + "/") and os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"  # requests drops it where a redirect leads away
+    with requests.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
+        status = response.status_code
+        if status == 416:  # `part` is longer than the file
+            part.unlink()
+            raise Retry("the partial file does not fit; starting over")
+        if status in (408, 425, 429, 500, 502, 503, 504):
+            raise Retry(f"HTTP status {status} ({response.reason})", _retry_after(response))
+        if status not in (200, 206):
+            hint = "set HF_TOKEN, if this needs a login" if status in (401, 403) else "has it moved? Try a browser"
+            raise ValueError(f"{url} answers with HTTP status {status} ({response.reason})\n---> HINT: {hint}")
+
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise ValueError(f"{url} answers with a web page\n---> HINT: does this network want you to log in first?")
+
+        # how long is the whole file, and is it still the one that the part was taken from?
+        encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        length = response.headers.get("Content-Length")
+        if status == 206:
+            unit, _, total = response.headers.get("Content-Range", "").partition("/")
+            total = int(total) if total.isdigit() else None
+            if not unit.startswith(f"bytes {have}-"):
+                part.unlink()
+                raise Retry("the server sent another range than it was asked for; starting over")
+        else:
+            total = int(length) if length and not encoded else None
+        if size is not None and total is not None and total != size:
+            raise ValueError(f"{url} has {total:,} bytes, expected {size:,}\n---> HINT: is this the right address?")
+        total = size if total is None else total
+        chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        if total is None and not chunked and not encoded:
+            raise ValueError(f"{url}: the server does not say how long the file is, so it cannot be checked")
+        identity = f"{response.headers.get('ETag') or response.headers.get('Last-Modified')} {total}"
+        if status == 206 and known.read_text() != identity:
+            part.unlink()
+            raise Retry("the file has changed since the download began; starting over")
+        known.unlink(missing_ok=True)
+        if not encoded:  # a position in an unpacked stream is none in the file
+            known.write_text(identity)
+
+        with open(part, "ab" if status == 206 else "wb") as f:
+            for block in response.iter_content(1 << 14):  # a lost connection loses no more than this
+                f.write(block)
+                progress.update(f.tell() / 1e6, "MB", f.tell() / total if total else None)
+            f.flush()
+            os.fsync(f.fileno())
+    if total is not None and part.stat().st_size < total:
+        raise Retry(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
+    if total is not None and part.stat().st_size > total:
+        part.unlink()
+        raise Retry("more bytes than the file has; starting over")
+
+
+def remote_size(url):
+    """How many bytes the server says a file has, or None."""
+    try:
+        response = requests.head(url, headers={"Accept-Encoding": "identity"}, allow_redirects=True, timeout=10)
+        return int(response.headers["Content-Length"]) if response.ok else None
+    except (requests.RequestException, KeyError, ValueError):
+        return None
+
+
+def _identity_file(part):
+    return part.with_name(part.name + ".id")
+
+
+def _retry_after(response):
+    """Seconds that a Retry-After header asks for, given as a number or as a date; 0 without one."""
+    value = response.headers.get("Retry-After", "0")
+    try:
+        return float(value) if value.isdigit() else max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _causes(error):
+    while isinstance(error, BaseException):
+        yield error
+        error = getattr(error, "reason", None) or error.__cause__ or error.__context__
+
+
+def _unreachable(error):
+    """Whether no connection could be made at all."""
+    kinds = (socket.gaierror, requests.ConnectTimeout, requests.exceptions.SSLError, requests.exceptions.ProxyError)
+    numbers = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH)
+    return any(isinstance(e, kinds) or getattr(e, "errno", None) in numbers for e in _causes(error))
+
+
+def _reason(error):
+    """A short reason out of the long chains of requests and urllib3."""
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return "no answer in time"
+    last = list(_causes(error))[-1]
+    return getattr(last, "strerror", None) or str(last) or type(error).__name__
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Checkpoints scored, and converted from and to what other programs read."""

@@ -1,0 +1,1 @@
+"""What surrounds a run and knows no kernel; a part of the program."""
