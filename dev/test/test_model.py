@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_kernels import attention, close, cross_entropy, gelu, layernorm
+from formulas import F32, adamw, close, formula_logits, formula_loss, normal_numbers
 
 import train_gpt2 as t
 from dev.run.files import write_file
@@ -16,7 +16,6 @@ from dev.run.text import Sampler, Tokenizer, generate
 from train_gpt2 import GPT2, DataLoader, GPT2Config
 
 HERE = Path(__file__).parent
-F32 = np.float32
 ODD = GPT2Config(9, 37, 128, 3, 4, 20)  # maxT, V, Vp, L, NH, C: heads of 5 channels
 LONG = GPT2Config(300, 50, 128, 1, 2, 16)  # attention in several strips, the classifier in several chunks
 
@@ -40,21 +39,6 @@ def tensors(model, what="grads"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # loss and gradients
-
-def formula_logits(config, w, inputs):
-    """The logits (B, T, V) in float64, from a dictionary of parameters"""
-    x = w["wte"][inputs] + w["wpe"][:inputs.shape[1]]
-    for l in range(config.num_layers):
-        norm = layernorm(x, w["ln1w"][l], w["ln1b"][l])[0]
-        x = x + attention(norm @ w["qkvw"][l].T + w["qkvb"][l], config.num_heads)[0] @ w["attprojw"][l].T + w["attprojb"][l]
-        norm = layernorm(x, w["ln2w"][l], w["ln2b"][l])[0]
-        x = x + gelu(norm @ w["fcw"][l].T + w["fcb"][l]) @ w["fcprojw"][l].T + w["fcprojb"][l]
-    return layernorm(x, w["lnfw"], w["lnfb"])[0] @ w["wte"][:config.vocab_size].T
-
-
-def formula_loss(config, w, inputs, targets):
-    return cross_entropy(formula_logits(config, w, inputs).reshape(targets.size, -1), targets.ravel())[0].mean()
-
 
 @pytest.mark.parametrize("config, B, T", [(ODD, 1, 1), (ODD, 3, 9), (ODD, 2, 5), (LONG, 4, 140)])
 def test_loss_and_gradients_against_the_formulas(config, B, T, rng):
@@ -127,10 +111,8 @@ def test_update_against_the_formula(grad_clip):
         assert model.update(0.01, 0.8, 0.9, 1e-3, 0.2, grad_clip) == pytest.approx(norm, rel=1e-5)
         for name, p in w.items():
             g = gradients[name] * (grad_clip / norm if 0 < grad_clip < norm else 1)
-            m[name], v[name] = 0.8 * m[name] + 0.2 * g, 0.9 * v[name] + 0.1 * g**2
-            step_size = m[name] / (1 - 0.8**step) / (np.sqrt(v[name] / (1 - 0.9**step)) + 1e-3)
             decay = 0 if name.endswith("b") or name.startswith("ln") else 0.2  # only matrices decay
-            w[name] = p - 0.01 * (step_size + decay * p)
+            w[name], m[name], v[name] = adamw(p, g, m[name], v[name], step, 0.01, 0.8, 0.9, 1e-3, decay)
     for name, p in tensors(model, "params").items():
         close(p, w[name])
     assert (model.grads.wte[ODD.vocab_size:] == 0).all()
@@ -301,22 +283,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # initial weights
-
-def normal_numbers(random, n, std):
-    """FACTS of llm.c's and PyTorch's normal draws: Box-Muller in blocks of 16, the last 16 anew where n % 16"""
-    def uniforms(n):
-        return (random.randint(0, 2**32, n, np.uint32) & 0xFFFFFF) / 2**24
-
-    def block(u):
-        radius, angle = np.sqrt(-2 * np.log(np.minimum(1, 1 - u[:8] + 1e-12))), 2 * np.pi * u[8:]
-        return std * np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-    out, u = np.empty(n), uniforms(n)
-    for i in range(0, n - 15, 16):
-        out[i:i + 16] = block(u[i:i + 16])
-    if n % 16:
-        out[-16:] = block(uniforms(16))
-    return out
-
 
 def test_first_normal_numbers():
     out = np.empty(32, F32)

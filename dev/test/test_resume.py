@@ -17,6 +17,7 @@ from statistics import fmean, pstdev
 
 import numpy as np
 import pytest
+from formulas import Order
 
 import train_gpt2
 from dev.run import checkpoints, files
@@ -262,65 +263,12 @@ def test_a_second_signal_stops_at_once(train, out, monkeypatch, owner, name, cal
 # ---------------------------------------------------------------------------------------------------------------------
 # llm.c's state file, byte by byte
 
-class Generator:
-    """MT19937 with the words that llm.c keeps of it: `left` draws until a new round, one less; `next` in this round"""
-
-    def __init__(self, seed):
-        self.state, self.left, self.next = [seed], 1, 0
-        for i in range(1, 624):
-            self.state.append(1812433253 * (self.state[-1] ^ self.state[-1] >> 30) + i & 0xFFFFFFFF)
-
-    def draw(self):
-        self.left -= 1
-        if self.left == 0:
-            s, self.left, self.next = self.state, 624, 0
-            for i in range(624):
-                y = s[i] & 0x80000000 | s[(i + 1) % 624] & 0x7FFFFFFF
-                s[i] = s[(i + 397) % 624] ^ y >> 1 ^ (0x9908B0DF if y & 1 else 0)
-        y = self.state[self.next]
-        self.next += 1
-        y ^= y >> 11
-        y ^= y << 7 & 0x9D2C5680
-        y ^= y << 15 & 0xEFC60000
-        return y ^ y >> 18
-
-    def permute(self, items):
-        for i in range(len(items) - 1, 0, -1):
-            j = self.draw() % (i + 1)
-            items[i], items[j] = items[j], items[i]
-        return items
-
-    def pack(self):
-        return struct.pack("<QiI624III", 0, self.left, self.next, *self.state, 0, 0x9908B0DF)
-
-
-class Order:
-    """llm.c's loader, as far as its state file knows it: which (shard, sample) comes next"""
-
-    def __init__(self, samples):
-        self.samples, self.random, self.shards = samples, Generator(42), list(range(len(samples)))
-        self.begin_epoch()
-
-    def begin_epoch(self):
-        self.random.permute(self.shards)
-        self.open(0)
-
-    def open(self, shard):
-        self.shard, self.sample = shard, 0
-        self.order = self.random.permute(list(range(self.samples[self.shards[shard]])))
-
-    def draw(self):
-        while self.sample == len(self.order):
-            if self.shard + 1 < len(self.shards):
-                self.open(self.shard + 1)
-            else:
-                self.begin_epoch()
-        self.sample += 1
-        return self.shards[self.shard], self.order[self.sample - 1]
-
-    def pack(self):
-        return (struct.pack(f"<Q{len(self.shards)}i", len(self.shards), *self.shards)
-                + struct.pack(f"<Q{len(self.order)}i", len(self.order), *self.order) + self.random.pack())
+def pack(order):
+    """The end of a state file, where llm.c keeps the order of batches and the generator"""
+    random = order.random
+    return (struct.pack(f"<Q{len(order.shards)}i", len(order.shards), *order.shards)
+            + struct.pack(f"<Q{len(order.order)}i", len(order.order), *order.order)
+            + struct.pack("<QiI624III", 0, random.left, random.next, *random.state, 0, 0x9908B0DF))
 
 
 def header(**words):
@@ -352,7 +300,7 @@ def test_layout_of_a_state_file(train, out, tiny, shards):
     assert state[:1024] == expected
     assert (np.frombuffer(state, "<f4", N, 1024) == model.m.memory).all() and model.m.memory.any()
     assert (np.frombuffer(state, "<f4", N, 1024 + 4 * N) == model.v.memory).all() and model.v.memory.any()
-    assert state[1024 + 8 * N:] == order.pack()
+    assert state[1024 + 8 * N:] == pack(order)
     weights = (out / "model_00000041.bin").read_bytes()
     assert struct.unpack("<8i", weights[:32]) == (20240326, 3, 64, 300, 2, 2, 32, 384) and not any(weights[32:1024])
     assert weights[1024:] == model.params.memory.tobytes()
@@ -365,7 +313,7 @@ def test_bytes_of_the_order_after(shards, batches):
     for _ in range(batches):
         loader.next_batch()
         order.draw()
-    assert b"".join(bytes(array) for array in checkpoints.shuffle_state(loader)) == order.pack()
+    assert b"".join(bytes(array) for array in checkpoints.shuffle_state(loader)) == pack(order)
     assert (loader.shard_index, loader.sample_index) == (order.shard, order.sample)
 
 
@@ -375,7 +323,7 @@ def llmc_checkpoint(folder, step, order, model_file, m, v, master=None):
     shutil.copy(model_file, folder / f"model_{step:08d}.bin")
     position = {"shard": order.shard, "sample": order.sample} if order else {"shard": 1, "sample": 4, "shuffled": 0}
     state = header(step=step, sampler=13371337, sampler_before=77, master=int(master is not None), **position)
-    state += m.tobytes() + v.tobytes() + (b"" if master is None else master.tobytes()) + (order.pack() if order else b"")
+    state += m.tobytes() + v.tobytes() + (b"" if master is None else master.tobytes()) + (pack(order) if order else b"")
     (folder / f"state_{step:08d}_00000.bin").write_bytes(state)
     (folder / f"DONE_{step:08d}").touch()
 
@@ -405,7 +353,7 @@ def test_a_run_of_llmc_goes_on(train, out, tiny, shards, rng, step, master):
         model.update(1e-2)
     assert re.findall(r"^step \d+: train loss (\S+)", printed, re.MULTILINE) == losses
     state = (out / f"state_{step + 60:08d}_00000.bin").read_bytes()
-    assert state[1024 + 8 * N:] == order.pack() and struct.unpack("<Q", state[80:88]) == (13371337,)
+    assert state[1024 + 8 * N:] == pack(order) and struct.unpack("<Q", state[80:88]) == (13371337,)
 
 
 def test_a_run_of_llmc_that_does_not_shuffle_goes_on(train, out, tiny):
@@ -505,7 +453,7 @@ def test_the_same_tokens_in_a_batch_of_another_shape(train, out, shards):
         order.draw()
         loader.next_batch()
     state = (out / "state_00000005_00000.bin").read_bytes()
-    assert state[1024 + 8 * N:] == order.pack() and loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]
+    assert state[1024 + 8 * N:] == pack(order) and loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]
 
 
 @pytest.mark.parametrize("change", ["-b 4", "-t 4", "-b 1", "-t 9", "-a 1"])
