@@ -50,7 +50,8 @@ def new():
         return memory[GUARD:GUARD + size].reshape(shape)
     yield new
     for memory, size in memories:
-        assert (memory[:GUARD] == UNTOUCHED).all() and (memory[GUARD + size:] == UNTOUCHED).all(), "written out of bounds"
+        outside = np.concatenate([memory[:GUARD], memory[GUARD + size:]])
+        assert (outside == UNTOUCHED).all(), "written out of bounds"
 
 
 @pytest.fixture
@@ -110,8 +111,8 @@ def flags(tiny, shards):
     """flags("-x 3 ..."): the trainer's arguments for a tiny run"""
     def flags(text=""):
         given = text.split()
-        defaults = {"-e": tiny, "-i": shards, "-j": shards.replace("*", "0"), "-b": "2", "-t": "8", "-v": "0", "-s": "0",
-                    "-l": "1e-2"}
+        defaults = {"-e": tiny, "-i": shards, "-j": shards.replace("*", "0"), "-b": "2", "-t": "8", "-v": "0",
+                    "-s": "0", "-l": "1e-2"}
         return given + [word for name, value in defaults.items() if name not in given for word in (name, value)]
     return flags
 

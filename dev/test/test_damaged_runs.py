@@ -33,7 +33,8 @@ def damage(path, size=None, **words):
 
 @pytest.mark.parametrize("name, size", [
     *itertools.product(["model_00000004.bin"], [0, 1000, 1024, 50_000, -1]),
-    *itertools.product(["state_00000004_00000.bin"], [0, 1000, 1024, 100_000, 200_000, 1024 + 8 * N, -2521, -2520, -100, -4, -1]),
+    *itertools.product(["state_00000004_00000.bin"],
+                       [0, 1000, 1024, 100_000, 200_000, 1024 + 8 * N, -2521, -2520, -100, -4, -1]),
     *itertools.product(["run_00000004.json"], [0, 1, 30, -1]),
     ("model_00000004.bin", 1025 + 4 * N), ("state_00000004_00000.bin", 400_000),
 ])
@@ -51,8 +52,9 @@ def test_done_without_its_files(train, refused, out, name):
 
 
 @pytest.mark.parametrize("words", [
-    {"at_0": 20240326}, {"at_4": 2}, {"at_8": 2}, {"at_16": 1}, {"at_20": 0}, {"at_40": 5}, {"at_120": 4}, {"at_124": 1},
-    {"at__2512": 0}, {"at__2508": 1}, {"at__2508": 700}, {"at__2508": 2**31}, {"at__2524": 1000}, {"at__2524": 2**32 - 1},
+    {"at_0": 20240326}, {"at_4": 2}, {"at_8": 2}, {"at_16": 1}, {"at_20": 0}, {"at_40": 5}, {"at_120": 4},
+    {"at_124": 1}, {"at__2512": 0}, {"at__2508": 1}, {"at__2508": 700}, {"at__2508": 2**31}, {"at__2524": 1000},
+    {"at__2524": 2**32 - 1},
 ])
 def test_damaged_states(train, refused, out, words):
     train("-x 4 -n 2")
@@ -60,9 +62,11 @@ def test_damaged_states(train, refused, out, words):
     refused("", "state_00000004_00000.bin")
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "null", "7", '"tokens_per_batch"', '{"tokens_per_batch": 16}',
-                                  '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": 3}',
-                                  '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [["a"], []]}'])
+@pytest.mark.parametrize("text", [
+    "[]", "{}", "null", "7", '"tokens_per_batch"', '{"tokens_per_batch": 16}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": 3}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [["a"], []]}',
+])
 def test_damaged_run_file(train, refused, out, text):
     train("-x 4 -n 2")
     (out / "run_00000004.json").write_text(text)

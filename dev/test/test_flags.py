@@ -1,8 +1,8 @@
 """Command lines of llm.c are understood."""
 from dev.run.flags import parse_flags
 
-LLMC = ('-i data/train_*.bin -j data/val_*.bin -o log_gpt2_124M -v 250 -s 20000 -g 144 -h 1 -b 64 -t 1024 -d 524288 -r 0 -z 1 '
-        '-c 0.1 -l 0.0006 -q 0.0 -u 700 -n 5000 -y 1 -e d12')  # scripts/run_gpt2_124M.sh
+LLMC = ("-i data/train_*.bin -j data/val_*.bin -o log_gpt2_124M -v 250 -s 20000 -g 144 -h 1 -b 64 -t 1024 -d 524288 "
+        "-r 0 -z 1 -c 0.1 -l 0.0006 -q 0.0 -u 700 -n 5000 -y 1 -e d12")  # scripts/run_gpt2_124M.sh
 LLMC_GPT3 = "-k cosine -ge 1 -nk 5 -nm 50000 -sl 7.0 -sg 7.0 -x 572204 -e gpt3:c768"  # some of scripts/run_gpt3_125M.sh
 
 

@@ -15,7 +15,8 @@ def write_tokenizer(folder, words):
     header = np.zeros(256, "<u4")
     header[:4] = 20240328, 2, len(words), END
     (folder / "data").mkdir()
-    (folder / "data/gpt2_tokenizer.bin").write_bytes(header.tobytes() + b"".join(bytes([len(word)]) + word for word in words))
+    content = header.tobytes() + b"".join(bytes([len(word)]) + word for word in words)
+    (folder / "data/gpt2_tokenizer.bin").write_bytes(content)
 
 
 @pytest.fixture

@@ -152,8 +152,8 @@ def test_plain_python_agrees(tiny, python):
 @pytest.mark.parametrize("name, features, VL", [("haswell", "+avx,+avx2,+fma", 8), ("x86-64", "+sse2", 4)])
 def test_narrower_vectors(name, features, VL, python):
     """A processor with shorter vectors than this one's gets kernels of its own from the same code."""
-    run = python("-c", "import sys, test_gpt2, train_gpt2; print('VL', train_gpt2.VL); sys.exit(test_gpt2.main(test_gpt2.TINY))",
-                 NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
+    code = "import sys, test_gpt2, train_gpt2; print('VL', train_gpt2.VL); sys.exit(test_gpt2.main(test_gpt2.TINY))"
+    run = python("-c", code, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0 and out.startswith(f"VL {VL}\n"), out + err
 

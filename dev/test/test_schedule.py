@@ -27,7 +27,8 @@ def learning_rate(kind, peak, final, warmup, N, s):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("warmup, N", [(0, 1), (0, 100), (1, 100), (10, 100), (90, 100), (700, 18865), (100, 100), (7, 9)])
+@pytest.mark.parametrize("warmup, N", [
+    (0, 1), (0, 100), (1, 100), (10, 100), (90, 100), (700, 18865), (100, 100), (7, 9)])
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_schedules(kind, warmup, N, final):
     flags = parse_flags(f"-k {kind} -u {warmup} -q {final} -l 6e-4".split())

@@ -24,7 +24,8 @@ def pack(order):
 
 def header(**words):
     """A state file's first 1024 bytes"""
-    header = bytearray(struct.pack("<6i", 20240527, 1, 1, 0, words.get("master", 0), words.get("shuffled", 1)) + bytes(1000))
+    first = 20240527, 1, 1, 0, words.get("master", 0), words.get("shuffled", 1)
+    header = bytearray(struct.pack("<6i", *first) + bytes(1000))
     struct.pack_into("<i", header, 40, words["step"])
     struct.pack_into("<QQ", header, 80, words["sampler"], words.get("sampler_before", words["sampler"]))
     struct.pack_into("<QQ", header, 120, words["shard"], words["sample"])
@@ -85,8 +86,10 @@ def test_a_run_of_llmc_goes_on(train, out, tiny, shards, rng, step, master):
     model = GPT2.build(tiny)
     model.allocate(2, 8)
     weights = model.params.memory.copy()
-    # a bfloat16 model is rounded; its master weights are exact
-    llmc_checkpoint(out, step, order, tiny.replace(".bin", "_bf16.bin") if master else tiny, m, v, weights if master else None)
+    if master:  # a bfloat16 model is rounded; its master weights are exact
+        llmc_checkpoint(out, step, order, tiny.replace(".bin", "_bf16.bin"), m, v, weights)
+    else:
+        llmc_checkpoint(out, step, order, tiny, m, v)
     printed = train(f"-x {step + 60} -y 1 -n {step + 60}")
 
     tokens = [np.fromfile(path, np.uint16, offset=1024) for path in sorted(Path(shards).parent.glob("shard_*"))]
@@ -117,4 +120,5 @@ def test_the_same_tokens_in_a_batch_of_another_shape(train, out, shards):
         order.draw()
         loader.next_batch()
     state = (out / "state_00000005_00000.bin").read_bytes()
-    assert state[1024 + 8 * N:] == pack(order) and loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]
+    assert state[1024 + 8 * N:] == pack(order)
+    assert loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]

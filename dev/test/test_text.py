@@ -78,7 +78,8 @@ def write_tokenizer(tmp_path):
     return write_tokenizer
 
 
-WORDS = [b"caf", "é".encode()[:1], "é".encode()[1:], b"<|endoftext|>", "😀".encode()[:3], "😀".encode()[3:], b"\n", b"\x1b[2J"]
+WORDS = [b"caf", "é".encode()[:1], "é".encode()[1:], b"<|endoftext|>", "😀".encode()[:3], "😀".encode()[3:], b"\n",
+         b"\x1b[2J"]
 
 
 def test_tokenizer(write_tokenizer):

@@ -42,8 +42,8 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("descriptor, maxT, L, NH, C", [
-    ("d6", 1024, 6, 6, 384), ("d12", 1024, 12, 12, 768), ("gpt2:d48", 1024, 48, 25, 1600), ("gpt3:c768", 2048, 12, 12, 768),
-    ("gpt3:c1536", 2048, 24, 16, 1536), ("gpt3:c12288", 2048, 96, 96, 12288),
+    ("d6", 1024, 6, 6, 384), ("d12", 1024, 12, 12, 768), ("gpt2:d48", 1024, 48, 25, 1600),
+    ("gpt3:c768", 2048, 12, 12, 768), ("gpt3:c1536", 2048, 24, 16, 1536), ("gpt3:c12288", 2048, 96, 96, 12288),
 ])
 def test_descriptors(descriptor, maxT, L, NH, C):
     config = t.model_config(descriptor)
