@@ -15,10 +15,9 @@ import time
 import numpy as np
 
 from dev.run.engine import Tensors
-from dev.run.files import HEADER_BYTES, check_size, read_header
+from dev.run.files import DEBUG_STATE_MAGIC, HEADER_BYTES, check_size, read_header
 from train_gpt2 import build
 
-STATE_MAGIC = 20240327
 TINY = ("dev/test/gpt2_tiny.bin", "dev/test/gpt2_tiny_debug_state.bin")
 GPT2_124M = ("data/gpt2_124M.bin", "data/gpt2_124M_debug_state.bin")
 # the ten losses that llm.c expects of GPT-2 124M, for a state that comes without a .json of its own
@@ -35,7 +34,7 @@ def read_state(path, engine):
     """Inputs, targets (B, T), logits (B*T, V), loss and gradients from a debug state; ValueError if it isn't whole."""
     V, N = engine.config.vocab_size, engine.num_parameters
     with open(path, "rb") as file:
-        B, T = (int(n) for n in read_header(file, path, STATE_MAGIC, (2,))[2:4])
+        B, T = (int(n) for n in read_header(file, path, DEBUG_STATE_MAGIC, (2,))[2:4])
         check_size(path, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + N))
         x, y = (np.fromfile(file, np.int32, B * T).reshape(B, T) for _ in range(2))
         logits = np.fromfile(file, np.float32, B * T * V).reshape(B * T, V)

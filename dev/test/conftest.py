@@ -1,5 +1,6 @@
 """What the tests share: random arrays between guards, shards, the tiny model, subprocesses."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "3")
 import numba
 import numpy as np
 import pytest
+from runs import SHARDS
 
 import train_gpt2
 
@@ -48,8 +50,8 @@ def new():
         return memory[GUARD:GUARD + size].reshape(shape)
     yield new
     for memory, size in memories:
-        assert (memory[:GUARD] == UNTOUCHED).all(), "written out of bounds"
-        assert (memory[GUARD + size:] == UNTOUCHED).all(), "written out of bounds"
+        outside = np.concatenate([memory[:GUARD], memory[GUARD + size:]])
+        assert (outside == UNTOUCHED).all(), "written out of bounds"
 
 
 @pytest.fixture
@@ -90,3 +92,50 @@ def python():
     for process in processes:
         process.kill()
         process.communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiny runs
+
+@pytest.fixture
+def shards(make_shard, tmp_path):
+    """The pattern of the training data. The first shard is for validation too."""
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(SHARDS):
+        make_shard(tmp_path / f"shard_{i}.bin", rng.integers(0, 300, size))
+    return str(tmp_path / "shard_*.bin")
+
+
+@pytest.fixture
+def flags(tiny, shards):
+    """flags("-x 3 ..."): the trainer's arguments for a tiny run"""
+    def flags(text=""):
+        given = text.split()
+        defaults = {"-e": tiny, "-i": shards, "-j": shards.replace("*", "0"), "-b": "2", "-t": "8", "-v": "0",
+                    "-s": "0", "-l": "1e-2"}
+        return given + [word for name, value in defaults.items() if name not in given for word in (name, value)]
+    return flags
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def train(flags, out, monkeypatch, capfd):
+    """train("-x 3 ..."): run the trainer, with -o out unless told otherwise; returns its standard output.
+    stopped: is it to say, on standard error, that it stops early?"""
+    monkeypatch.setattr(train_gpt2, "measure_peak", lambda work: 1.0)
+    monkeypatch.setattr(train_gpt2, "compile_kernels", lambda matmul: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some disks take a second
+
+    def train(text, status=0, stopped=False):
+        arguments = flags(text)
+        got = train_gpt2.main(arguments if "-o" in arguments else [*arguments, "-o", str(out)])
+        printed, errors = capfd.readouterr()
+        assert got == status, errors
+        notice = "\nstopping after this step (once more: at once)\n" if stopped else ""
+        assert errors == notice if status == 0 else re.fullmatch(r"error: .*\n(---> HINT: .*\n)*", errors), errors
+        return printed + (errors if status else "")
+    return train

@@ -105,7 +105,7 @@ def contents(folder):
 # which runs are killed, and when
 
 def kill_at_every_moment(folder, flags, duration):
-    """A run for every moment. Every third is killed again when it is resumed, early, where old files are looked through."""
+    """A run for every moment. Every third is killed again when it is resumed, while it looks through old files."""
     rng, found, kills = random.Random(1), [], 0
     while killed(run(folder, flags, kill_at=len(found))):
         kills += 1
@@ -139,11 +139,11 @@ def kill_at_random(folder, flags, duration, least=24):
 if __name__ == "__main__":
     how, folder, flags = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     folder.mkdir()
-    warnings.simplefilter("ignore", DeprecationWarning)  # of a fork while there are threads: Numba's sleep, and it copes
+    warnings.simplefilter("ignore", DeprecationWarning)  # of a fork while there are threads: Numba's sleep
     stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     train_gpt2.compile_kernels()
-    train_gpt2.compile_kernels, train_gpt2.measure_peak = lambda matmul: None, lambda work: 1.0  # they take longer than a run
+    train_gpt2.compile_kernels, train_gpt2.measure_peak = lambda matmul: None, lambda work: 1.0  # longer than a run
     os.fsync = lambda descriptor: None  # it only matters when the machine dies
     start = time.monotonic()
     assert not killed(run(folder / "expected", flags))

@@ -42,8 +42,8 @@ def cli(tiny, text, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # a run
 
-STEP = re.compile(rf"step ({COUNT}): train loss ({FLOAT}) \(took {FLOAT} ms\) \| norm ({FLOAT}) \| lr (\d\.\d\de[+-]\d\d) "
-                  rf"\| {FLOAT}% MFU \| {COUNT} tok/s")
+STEP = re.compile(rf"step ({COUNT}): train loss ({FLOAT}) \(took {FLOAT} ms\) \| norm ({FLOAT}) "
+                  rf"\| lr (\d\.\d\de[+-]\d\d) \| {FLOAT}% MFU \| {COUNT} tok/s")
 
 
 def test_lines_of_a_run(cli):
@@ -54,8 +54,8 @@ def test_lines_of_a_run(cli):
         r"vocab_size: 300", r"padded_vocab_size: 384", r"num_layers: 2", r"num_heads: 2", r"channels: 32",
         r"num_parameters: 39808", r"train dataset num_batches: 62", r"val dataset num_batches: 62",
         rf"num_activations: {COUNT}", rf"val loss {FLOAT}.*", STEP.pattern + ".*", rf"val loss {FLOAT}.*",
-        STEP.pattern + ".*", rf"val loss {FLOAT}.*", "generating:", "---", rf"({COUNT} ){{4}}", "---", "steps: 2", "tokens: 32",
-        rf"final train loss: {FLOAT}", rf"final val loss: {FLOAT}", rf"mean ms per step: {FLOAT}",
+        STEP.pattern + ".*", rf"val loss {FLOAT}.*", "generating:", "---", rf"({COUNT} ){{4}}", "---", "steps: 2",
+        "tokens: 32", rf"final train loss: {FLOAT}", rf"final val loss: {FLOAT}", rf"mean ms per step: {FLOAT}",
         rf"best ms per step: {FLOAT}", rf"tokens per second: {COUNT}", rf"MFU: {FLOAT}%", r"peak memory: [\d,]+ MiB",
     ]
     lines = iter(out.splitlines())  # others may come in between
@@ -69,7 +69,8 @@ def events(out):
 
 def test_order_of_a_run(cli):
     _, out, _ = cli("-x 4 -v 2 -s 3 -g 2")
-    assert events(out) == ["val loss", "step 0", "step 1", "val loss", "step 2", "generating", "step 3", "val loss", "generating"]
+    assert events(out) == ["val loss", "step 0", "step 1", "val loss", "step 2", "generating", "step 3", "val loss",
+                           "generating"]
     assert events(cli("-x 2 -v 0 -s 0")[1]) == ["step 0", "step 1"]
     assert events(cli("-x 0 -v 5 -s 5 -g 2")[1]) == ["val loss", "generating"]
 
@@ -138,8 +139,8 @@ def test_help(capsys):
         train_gpt2.main(["--help"])
     out = capsys.readouterr().out
     pairs = {"-e": "model", "-i": "input_bin", "-j": "input_val_bin", "-b": "batch_size", "-t": "sequence_length",
-             "-x": "num_iterations", "-l": "learning_rate", "-c": "weight_decay", "-v": "val_loss_every", "-m": "val_max_steps",
-             "-s": "sample_every", "-g": "gen_tokens", "-a": "overfit_single_batch"}
+             "-x": "num_iterations", "-l": "learning_rate", "-c": "weight_decay", "-v": "val_loss_every",
+             "-m": "val_max_steps", "-s": "sample_every", "-g": "gen_tokens", "-a": "overfit_single_batch"}
     for short, long in pairs.items():
         assert re.search(rf"^ +{short}\b.* --{long}\b", out, re.MULTILINE), short
 
@@ -209,7 +210,8 @@ def test_a_folder_is_no_checkpoint(refused, tmp_path):
 @pytest.mark.parametrize("flag", ["-i", "-j"])
 @pytest.mark.parametrize("shard, message", [
     ({"magic": 5}, "magic number is 5"), ({"version": 7}, "version 7"), ({"count": 1001}, "truncated"),
-    ({"count": 999}, "too long"), ({"tokens": range(16)}, "17 tokens"), ({"tokens": []}, "17 tokens"), (None, "no file matches"),
+    ({"count": 999}, "too long"), ({"tokens": range(16)}, "17 tokens"), ({"tokens": []}, "17 tokens"),
+    (None, "no file matches"),
 ])
 def test_damaged_shards(refused, make_shard, tmp_path, flag, shard, message):
     if shard is not None:

@@ -15,8 +15,8 @@ def write_tokenizer(folder, words):
     header = np.zeros(256, "<u4")
     header[:4] = 20240328, 2, len(words), END
     (folder / "data").mkdir()
-    body = b"".join(bytes([len(word)]) + word for word in words)
-    (folder / "data/gpt2_tokenizer.bin").write_bytes(header.tobytes() + body)
+    content = header.tobytes() + b"".join(bytes([len(word)]) + word for word in words)
+    (folder / "data/gpt2_tokenizer.bin").write_bytes(content)
 
 
 @pytest.fixture

@@ -1,129 +1,21 @@
 """
-Each kernel against its formula in float64 NumPy, and the formulas' gradients against finite differences.
+Each kernel against its formula in float64 NumPy (formulas.py).
 
-Outputs are full of NaN before a kernel runs and lie between guards (see conftest.py), so that what is not written, or is
-written outside, shows. Errors are measured relative to the norm of the expected tensor: one that is zeroed, or a row that
-is missing, fails.
+Outputs are full of NaN before a kernel runs and lie between guards (see conftest.py), so that what is not written, or
+is written outside, shows.
 """
+import formulas
 import numba
 import numpy as np
 import pytest
+from formulas import F32, close, normal
 
 import train_gpt2 as t
-
-F32 = np.float32
 
 
 @pytest.fixture(autouse=True)
 def two_threads(undisturbed):
     numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
-
-
-def close(actual, expected, rtol=1e-5):
-    expected = np.asarray(expected)
-    assert actual.shape == expected.shape and np.isfinite(expected).all()
-    error, norm = np.linalg.norm(actual - expected), np.linalg.norm(expected)
-    assert norm > 0 and error <= rtol * norm, f"relative error {error / norm:.1e}"
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=20 * rtol * np.abs(expected).max())
-
-
-def normal(rng, *shape, std=1.0):
-    return rng.normal(0, std, shape).astype(F32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the formulas, in float64
-
-def layernorm(x, weight, bias):
-    """out, mean, rstd"""
-    x = np.float64(x)
-    mean, rstd = x.mean(-1), 1 / np.sqrt(x.var(-1) + 1e-5)
-    return (x - mean[..., None]) * rstd[..., None] * weight + bias, mean, rstd
-
-
-def layernorm_gradient(dout, x, weight):
-    """dx, dweight, dbias"""
-    norm, _, rstd = layernorm(x, 1, 0)
-    dnorm = np.float64(dout) * weight
-    mean = lambda a: a.mean(-1, keepdims=True)
-    dx = (dnorm - mean(dnorm) - norm * mean(dnorm * norm)) * rstd[..., None]
-    return dx, (dout * norm).sum(0), np.float64(dout).sum(0)
-
-
-def gelu(x):
-    x = np.float64(x)
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def gelu_gradient(x):
-    x = np.float64(x)
-    tanh = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
-
-
-def split_heads(qkv, NH):
-    """q, k, v, each (B, NH, T, hs), from qkv (B, T, 3*C)"""
-    B, T, width = qkv.shape
-    return np.float64(qkv).reshape(B, T, 3, NH, width // 3 // NH).transpose(2, 0, 3, 1, 4)
-
-
-def attention(qkv, NH):
-    """out (B, T, C), lse (B, NH, T), probabilities (B, NH, T, T)"""
-    q, k, v = split_heads(qkv, NH)
-    T, hs = q.shape[2:]
-    scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / np.sqrt(hs), -np.inf)
-    largest = scores.max(-1, keepdims=True)
-    lse = largest + np.log(np.exp(scores - largest).sum(-1, keepdims=True))
-    probs = np.exp(scores - lse)
-    return (probs @ v).swapaxes(1, 2).reshape(*qkv.shape[:2], -1), lse[..., 0], probs
-
-
-def attention_gradient(dout, qkv, NH):
-    """dqkv (B, T, 3*C)"""
-    q, k, v = split_heads(qkv, NH)
-    B, _, T, hs = q.shape
-    probs, dy = attention(qkv, NH)[2], np.float64(dout).reshape(B, T, NH, hs).swapaxes(1, 2)
-    dprobs = dy @ v.swapaxes(2, 3)
-    dscores = probs * (dprobs - (dprobs * probs).sum(-1, keepdims=True)) / np.sqrt(hs)
-    gradients = np.stack([dscores @ k, dscores.swapaxes(2, 3) @ q, probs.swapaxes(2, 3) @ dy])
-    return gradients.transpose(1, 3, 0, 2, 4).reshape(qkv.shape)
-
-
-def cross_entropy(logits, targets):
-    """losses (R,) and probabilities (R, V)"""
-    logits = np.float64(logits)
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return -log_probs[np.arange(len(logits)), targets], np.exp(log_probs)
-
-
-def cross_entropy_gradient(logits, targets):
-    gradient = cross_entropy(logits, targets)[1]
-    gradient[np.arange(len(logits)), targets] -= 1
-    return gradient
-
-
-def numeric_gradient(function, x, dout, h=1e-6):
-    """d(sum of dout * function(x)) / dx, element by element"""
-    x, gradient = np.float64(x), np.zeros(x.shape)
-    for i in np.ndindex(x.shape):
-        step = np.zeros(x.shape)
-        step[i] = h
-        gradient[i] = (dout * (function(x + step) - function(x - step))).sum() / (2 * h)
-    return gradient
-
-
-def test_formulas_against_finite_differences(rng):
-    x, w, b, dout = rng.normal(size=(3, 5)), rng.normal(size=5), rng.normal(size=5), rng.normal(size=(3, 5))
-    dx, dw, db = layernorm_gradient(dout, x, w)
-    close(dx, numeric_gradient(lambda x: layernorm(x, w, b)[0], x, dout), 1e-8)
-    close(dw, numeric_gradient(lambda w: layernorm(x, w, b)[0], w, dout), 1e-8)
-    close(db, numeric_gradient(lambda b: layernorm(x, w, b)[0], b, dout), 1e-8)
-    close(dout * gelu_gradient(x), numeric_gradient(gelu, x, dout), 1e-8)
-    targets = np.array([0, 4, 2])
-    close(cross_entropy_gradient(x, targets), numeric_gradient(lambda x: cross_entropy(x, targets)[0], x, 1.0), 1e-8)
-    qkv, dout = rng.normal(size=(2, 4, 18)), rng.normal(size=(2, 4, 6))
-    close(attention_gradient(dout, qkv, 2), numeric_gradient(lambda x: attention(x, 2)[0], qkv, dout), 1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +55,8 @@ def test_maximum(rng, size, shift):
 
 
 @pytest.mark.parametrize("values, expected", [
-    ([-np.inf], -np.inf), ([-np.inf, -1e38], -1e38), ([-1e38, np.inf, 3], np.inf), ([-0.0, -1.0], 0), ([-1e-45, -1], -1e-45),
+    ([-np.inf], -np.inf), ([-np.inf, -1e38], -1e38), ([-1e38, np.inf, 3], np.inf), ([-0.0, -1.0], 0),
+    ([-1e-45, -1], -1e-45),
 ])
 def test_maximum_of_extremes(values, expected):
     assert t.maximum(np.array(values, F32)) == F32(expected)
@@ -176,7 +69,8 @@ def test_maximum_propagates_nan():
 # ---------------------------------------------------------------------------------------------------------------------
 # matrix products
 
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 50, 3), (3, 7, 4), (8, 48, 192), (9, 49, 193), (17, 100, 258), (250, 130, 515)])
+@pytest.mark.parametrize("M, N, K", [
+    (1, 1, 1), (1, 50, 3), (3, 7, 4), (8, 48, 192), (9, 49, 193), (17, 100, 258), (250, 130, 515)])
 @pytest.mark.parametrize("add", [False, True])
 def test_tile_product(rng, new, work, M, N, K, add):
     # parts of larger arrays, rows or columns contiguous, as attention and matmul pass them
@@ -194,7 +88,8 @@ def test_tile_product(rng, new, work, M, N, K, add):
             assert (C == before).all(), "written outside the tile"
 
 
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (13, 66, 70), (128, 640, 64), (128, 64, 640), (300, 40, 130), (40, 30, 517)])
+@pytest.mark.parametrize("M, N, K", [
+    (1, 1, 1), (13, 66, 70), (128, 640, 64), (128, 64, 640), (300, 40, 130), (40, 30, 517)])
 @pytest.mark.parametrize("d", [0, 1, 3, 37, 384, -1, -17, -290])
 @pytest.mark.parametrize("add", [False, True])
 def test_triangles(rng, new, work, M, N, K, d, add):
@@ -212,7 +107,8 @@ def test_triangles(rng, new, work, M, N, K, d, add):
             assert not C[needed].any()
 
 
-SIZES = [(1, 1, 1), (1, 5, 7), (1, 400, 813), (3, 16, 50), (65, 48, 96), (257, 200, 30), (300, 400, 813), (2, 196, 1700)]  # B*T, C, OC
+SIZES = [(1, 1, 1), (1, 5, 7), (1, 400, 813), (3, 16, 50), (65, 48, 96), (257, 200, 30), (300, 400, 813),
+         (2, 196, 1700)]  # B*T, C, OC
 
 
 @pytest.mark.parametrize("BT, C, OC", SIZES)
@@ -227,7 +123,7 @@ def test_matmul_forward(rng, new, work, BT, C, OC, parts, backend):
     expected = np.float64(inp) @ weight.T + (bias if bias.size else 0) + (residual if residual.size else 0)
     close(out, expected)
     if act.size:
-        close(act, gelu(expected))
+        close(act, formulas.gelu(expected))
 
 
 @pytest.mark.parametrize("BT, C, OC", SIZES)
@@ -292,7 +188,7 @@ def test_layernorm_forward(rng, new, BT, C, std, shift):
     inp, weight, bias = normal(rng, BT, C, std=std) + F32(shift), normal(rng, C), normal(rng, C)
     out, mean, rstd = new(BT, C), new(BT), new(BT)
     t.layernorm_forward(out, mean, rstd, inp, weight, bias)
-    for actual, expected in zip((out, mean, rstd), layernorm(inp, weight, bias)):
+    for actual, expected in zip((out, mean, rstd), formulas.layernorm(inp, weight, bias)):
         close(actual, expected)
 
 
@@ -308,7 +204,7 @@ def test_layernorm_forward_of_equal_channels(new):
 @pytest.mark.parametrize("std", [1, 0.003])
 def test_layernorm_backward(rng, new, BT, C, add, std):
     inp, weight, dout = normal(rng, BT, C, std=std), normal(rng, C), normal(rng, BT, C)
-    mean, rstd = (x.astype(F32) for x in layernorm(inp, weight, 0)[1:])
+    mean, rstd = (x.astype(F32) for x in formulas.layernorm(inp, weight, 0)[1:])
     before = [normal(rng, BT, C), normal(rng, C), normal(rng, C)]
     dinp, dweight, dbias = new(BT, C), new(C), new(C)
     dinp[:] = before[0]  # the residual stream's gradient, always added to
@@ -317,14 +213,15 @@ def test_layernorm_backward(rng, new, BT, C, add, std):
     else:
         before[1:] = 0, 0
     t.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add)
-    for actual, old, expected in zip((dinp, dweight, dbias), before, layernorm_gradient(dout, inp, weight)):
+    for actual, old, expected in zip((dinp, dweight, dbias), before, formulas.layernorm_gradient(dout, inp, weight)):
         close(actual, old + expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention
 
-HEADS = [(1, 1, 1, 5), (1, 2, 2, 16), (2, 17, 3, 5), (1, 128, 1, 64), (2, 129, 2, 16), (1, 300, 2, 20), (1, 512, 1, 8)]  # B, T, NH, hs
+HEADS = [(1, 1, 1, 5), (1, 2, 2, 16), (2, 17, 3, 5), (1, 128, 1, 64), (2, 129, 2, 16), (1, 300, 2, 20),
+         (1, 512, 1, 8)]  # B, T, NH, hs
 
 
 @pytest.mark.parametrize("B, T, NH, hs", HEADS)
@@ -333,7 +230,7 @@ def test_attention_forward(rng, new, work, B, T, NH, hs, std):
     qkv = normal(rng, B * T, 3 * NH * hs, std=std)
     out, lse = new(B * T, NH * hs), new(B, NH, T)
     t.attention_forward(out, lse, qkv, work)
-    expected_out, expected_lse, _ = attention(qkv.reshape(B, T, -1), NH)
+    expected_out, expected_lse, _ = formulas.attention(qkv.reshape(B, T, -1), NH)
     close(out, expected_out.reshape(out.shape), 1e-5 * std)
     close(lse, expected_lse)
 
@@ -345,17 +242,17 @@ def test_attention_decode(rng, new, T, NH, hs, std):
     qkv, out = normal(rng, T, 3 * C, std=std), new(C)
     k, v = qkv[:, C:2 * C].copy(), qkv[:, 2 * C:].copy()
     t.attention_decode(out, qkv[-1], k, v, NH)
-    close(out, attention(qkv[None], NH)[0][0, -1], 1e-5 * std)
+    close(out, formulas.attention(qkv[None], NH)[0][0, -1], 1e-5 * std)
 
 
 @pytest.mark.parametrize("B, T, NH, hs", HEADS)
 @pytest.mark.parametrize("std", [1, 4])
 def test_attention_backward(rng, new, work, B, T, NH, hs, std):
     qkv, dout = normal(rng, B * T, 3 * NH * hs, std=std), normal(rng, B * T, NH * hs)
-    out, lse, _ = (x.astype(F32) for x in attention(qkv.reshape(B, T, -1), NH))
+    out, lse, _ = (x.astype(F32) for x in formulas.attention(qkv.reshape(B, T, -1), NH))
     dqkv = new(B * T, 3 * NH * hs)
     t.attention_backward(dqkv, dout, out.reshape(dout.shape), lse, qkv, work)
-    expected = attention_gradient(dout.reshape(B, T, -1), qkv.reshape(B, T, -1), NH).reshape(B * T, 3, -1)
+    expected = formulas.attention_gradient(dout.reshape(B, T, -1), qkv.reshape(B, T, -1), NH).reshape(B * T, 3, -1)
     for actual, part in zip(np.split(dqkv, 3, axis=1), expected.swapaxes(0, 1)):
         if T > 1:  # with one key the probability is 1, whatever q and k are
             close(actual, part, 1e-5 * std)
@@ -382,10 +279,10 @@ def test_attention_looks_only_back(rng, new, work):
 def test_gelu(rng, new, BT, OC, std):
     inp, dout, out, dinp = normal(rng, BT, OC, std=std), normal(rng, BT, OC), new(BT, OC), new(BT, OC)
     t.gelu_forward(out, inp)
-    close(out, gelu(inp))
+    close(out, formulas.gelu(inp))
     dinp[:] = dout
     t.gelu_backward(dinp, inp)
-    close(dinp, dout * gelu_gradient(inp))
+    close(dinp, dout * formulas.gelu_gradient(inp))
 
 
 def test_gelu_far_from_zero(new):
@@ -410,8 +307,8 @@ def test_fused_classifier(rng, new, R, V, Vp, std, shift):
     before = logits[:, :V].copy()
     t.fused_classifier(logits, losses, targets, F32(1 / R), V)
     if V > 1:
-        close(losses, cross_entropy(before, targets)[0])
-        close(logits[:, :V], cross_entropy_gradient(before, targets) / R)
+        close(losses, formulas.cross_entropy(before, targets)[0])
+        close(logits[:, :V], formulas.cross_entropy_gradient(before, targets) / R)
     else:
         assert (losses == 0).all() and (logits == 0).all()
     assert (logits[:, V:] == 0).all()
@@ -439,9 +336,8 @@ def test_adamw_update(rng, new, size, weight_decay, grad_scale):
         correction1, correction2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
         t.adamw_update(params, grads, m, v, *(F32(x) for x in (
             learning_rate, beta1, beta2, correction1, correction2, eps, weight_decay, grad_scale)))
-        grad = np.float64(grads) * grad_scale
-        m64, v64 = beta1 * m64 + (1 - beta1) * grad, beta2 * v64 + (1 - beta2) * grad**2
-        p64 -= learning_rate * (m64 * correction1 / (np.sqrt(v64 * correction2) + eps) + weight_decay * p64)
+        p64, m64, v64 = formulas.adamw(p64, np.float64(grads) * grad_scale, m64, v64, step,
+                                       learning_rate, beta1, beta2, eps, weight_decay)
         for actual, expected in zip((params, m, v), (p64, m64, v64)):
             close(actual, expected)
 
@@ -461,7 +357,5 @@ def test_box_muller(rng, new):
     u, out = rng.random(48, F32), new(48)
     u[:8] = 0, 0, 0, 2**-24, 0.5, 1 - 2**-24, 0.25, 0.75
     t.box_muller(out, u, F32(0.02))
-    radius, angle = (np.float64(x) for x in np.moveaxis(u.reshape(3, 2, 8), 1, 0))
-    radius = 0.02 * np.sqrt(-2 * np.log(np.minimum(1, 1 - radius + 1e-12)))
-    expected = np.stack([radius * np.cos(2 * np.pi * angle), radius * np.sin(2 * np.pi * angle)], 1).ravel()
+    expected = 0.02 * np.concatenate([formulas.box_muller(np.float64(x)) for x in np.split(u, 3)])
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-7)

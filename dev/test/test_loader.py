@@ -1,10 +1,7 @@
-"""
-The order of batches against a shuffle written from the definition of MT19937; shards of any size; shards that are damaged.
-"""
-import itertools
-
+"""The order of batches against formulas.py's; shards of any size; shards that are damaged."""
 import numpy as np
 import pytest
+from formulas import Order
 
 from train_gpt2 import DataLoader
 
@@ -12,38 +9,12 @@ SHAKESPEARE = [408, 791, 914, 1057, 81, 450, 299, 907, 582, 321, 670, 134]  # FA
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is expected, written from the definitions
+# what is expected
 
-def mt19937(seed):
-    """The generator of Matsumoto & Nishimura (1998), seeded with one 32-bit number"""
-    state = [seed]
-    for i in range(1, 624):
-        state.append((1812433253 * (state[-1] ^ state[-1] >> 30) + i) & 0xFFFFFFFF)
-    while True:
-        for i in range(624):
-            y = state[i] & 0x80000000 | state[(i + 1) % 624] & 0x7FFFFFFF
-            state[i] = state[(i + 397) % 624] ^ y >> 1 ^ (0x9908B0DF if y & 1 else 0)
-        for y in state:
-            y ^= y >> 11
-            y ^= y << 7 & 0x9D2C5680
-            y ^= y << 15 & 0xEFC60000
-            yield y ^ y >> 18
-
-
-def permute(items, random):
-    for i in range(len(items) - 1, 0, -1):
-        j = next(random) % (i + 1)
-        items[i], items[j] = items[j], items[i]
-    return items
-
-
-def shuffled(shard_tokens, batch_tokens):
-    """All (shard, sample) that a loader visits, epoch after epoch"""
-    random, shards = mt19937(42), list(range(len(shard_tokens)))
-    while True:
-        for shard in list(permute(shards, random)):
-            for sample in permute(list(range((2 * shard_tokens[shard] - 2) // (2 * batch_tokens))), random):
-                yield shard, sample
+def shuffled(shard_tokens, batch_tokens, count):
+    """The first `count` (shard, sample) that a loader visits"""
+    order = Order([max(0, size - 1) // batch_tokens for size in shard_tokens])
+    return [order.draw() for _ in range(count)]
 
 
 def check(loader, shards, order):
@@ -54,11 +25,6 @@ def check(loader, shards, order):
         expected = shards[shard][sample * B * T:(sample + 1) * B * T + 1]
         assert inputs.shape == targets.shape == (B, T) and inputs.dtype == targets.dtype == np.int32
         assert (inputs.ravel() == expected[:-1]).all() and (targets.ravel() == expected[1:]).all(), (shard, sample)
-
-
-def test_mt19937():
-    assert list(itertools.islice(mt19937(42), 3)) == [1608637542, 3421126067, 4083286876]
-    assert list(itertools.islice(mt19937(5), 1500)) == np.random.RandomState(5).randint(0, 2**32, 1500, np.uint32).tolist()
 
 
 @pytest.fixture
@@ -78,17 +44,17 @@ def write_shards(make_shard, tmp_path):
 
 def test_order_of_tiny_shakespeare(write_shards):
     pattern, shards = write_shards(305_260)
-    order = list(itertools.islice(shuffled([305_260], 256), 2 * 1192 + 5))  # into the third epoch
+    order = shuffled([305_260], 256, 2 * 1192 + 5)  # into the third epoch
     assert [sample for _, sample in order[:12]] == SHAKESPEARE
     assert sorted(order[:1192]) == sorted(order[1192:2384]) == [(0, sample) for sample in range(1192)]
     check(DataLoader(pattern, 4, 64, should_shuffle=True), shards, order)
 
 
-@pytest.mark.parametrize("sizes", [(500, 500, 500), (500, 33, 1000, 257, 32, 0, 700, 64, 65)])  # 33 tokens make one batch
+@pytest.mark.parametrize("sizes", [(500, 500, 500), (500, 33, 1000, 257, 32, 0, 700, 64, 65)])  # 33 make one batch
 def test_order_of_several_shards(write_shards, sizes):
     pattern, shards = write_shards(*sizes)
     epoch = sum(max(0, size - 1) // 32 for size in sizes)
-    order = list(itertools.islice(shuffled([max(1, size) for size in sizes], 32), 3 * epoch + 2))
+    order = shuffled(sizes, 32, 3 * epoch + 2)
     assert len(set(order[:epoch])) == epoch and order[:epoch] != order[epoch:2 * epoch]
     check(DataLoader(pattern, 2, 16, should_shuffle=True), shards, order)
 
@@ -139,8 +105,8 @@ def test_shard_of_more_than_2_GiB(make_shard, tmp_path):
 # what is refused
 
 @pytest.mark.parametrize("damage, message", [
-    ({"magic": 20240326}, "magic"), ({"version": 2}, "version 2"), ({"count": 101}, "truncated"), ({"count": 99}, "too long"),
-    ({"count": -1}, "too long"),
+    ({"magic": 20240326}, "magic"), ({"version": 2}, "version 2"), ({"count": 101}, "truncated"),
+    ({"count": 99}, "too long"), ({"count": -1}, "too long"),
 ])
 @pytest.mark.parametrize("neighbours", [0, 2])
 def test_damaged_shards(make_shard, tmp_path, damage, message, neighbours):

@@ -1,5 +1,6 @@
 """
-The same bits on any number of threads: kernel by kernel on shapes that are large enough to show a race, then a training run.
+The same bits on any number of threads: kernel by kernel on shapes that are large enough to show a race, then a training
+run.
 """
 import numba
 import numpy as np
@@ -40,7 +41,8 @@ def test_matmul(rng, same_bits, BT, C, OC):
     same_bits(lambda work: t.matmul_forward(out, act, inp, weight, bias, dout, work), out, act)
     dinp, dweight, dbias = zeros(BT, C), zeros(OC, C), zeros(OC)
     for add in False, True:
-        same_bits(lambda work, add=add: t.matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work), dinp, dweight, dbias)
+        same_bits(lambda work, add=add: t.matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work),
+                  dinp, dweight, dbias)
 
 
 @pytest.mark.parametrize("B, T, NH, hs", [(2, 512, 8, 64), (3, 200, 5, 20)])
@@ -74,7 +76,8 @@ def test_encoder(rng, same_bits):
 
 
 def test_classifier(rng, same_bits):
-    logits, losses, targets = rng.standard_normal((500, 5120), F32), zeros(500), rng.integers(0, 5100, 500, dtype=np.int32)
+    logits, losses = rng.standard_normal((500, 5120), F32), zeros(500)
+    targets = rng.integers(0, 5100, 500, dtype=np.int32)
     same_bits(lambda work: t.fused_classifier(logits, losses, targets, F32(0.1), 5100), logits, losses)
 
 

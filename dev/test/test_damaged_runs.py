@@ -1,0 +1,126 @@
+"""Checkpoints of a run that are damaged, or that belong to another model or to other data."""
+import itertools
+import shutil
+import struct
+
+import pytest
+from runs import SHARDS, N, contents
+
+import train_gpt2
+from train_gpt2 import GPT2
+
+
+@pytest.fixture
+def refused(train, out):
+    """refused(flags, *words): resuming must end with an error that has the words, and leave every file as it was."""
+    def refused(flags, *words):
+        before = contents(out)
+        printed = train(f"-x 9 -n 2 -y 1 {flags}", status=1)
+        for word in words:
+            assert word in printed
+        assert contents(out) == before and "step 4:" not in printed
+    return refused
+
+
+def damage(path, size=None, **words):
+    """Cut a file to a size (or so many bytes from its end, or longer), or put 32-bit words at offsets "at_..."."""
+    content = bytearray(path.read_bytes())
+    for at, word in words.items():
+        struct.pack_into("<I", content, int(at[3:]) if at[3] != "_" else len(content) - int(at[4:]), word)
+    content = content[:size] + bytes(max(0, (size or 0) - len(content)))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, size", [
+    *itertools.product(["model_00000004.bin"], [0, 1000, 1024, 50_000, -1]),
+    *itertools.product(["state_00000004_00000.bin"],
+                       [0, 1000, 1024, 100_000, 200_000, 1024 + 8 * N, -2521, -2520, -100, -4, -1]),
+    *itertools.product(["run_00000004.json"], [0, 1, 30, -1]),
+    ("model_00000004.bin", 1025 + 4 * N), ("state_00000004_00000.bin", 400_000),
+])
+def test_truncated_checkpoints(train, refused, out, name, size):
+    train("-x 4 -n 2")
+    damage(out / name, size)
+    refused("", name)
+
+
+@pytest.mark.parametrize("name", ["model_00000004.bin", "state_00000004_00000.bin"])
+def test_done_without_its_files(train, refused, out, name):
+    train("-x 4 -n 2")
+    (out / name).unlink()
+    refused("", name)
+
+
+@pytest.mark.parametrize("words", [
+    {"at_0": 20240326}, {"at_4": 2}, {"at_8": 2}, {"at_16": 1}, {"at_20": 0}, {"at_40": 5}, {"at_120": 4},
+    {"at_124": 1}, {"at__2512": 0}, {"at__2508": 1}, {"at__2508": 700}, {"at__2508": 2**31}, {"at__2524": 1000},
+    {"at__2524": 2**32 - 1},
+])
+def test_damaged_states(train, refused, out, words):
+    train("-x 4 -n 2")
+    damage(out / "state_00000004_00000.bin", **words)
+    refused("", "state_00000004_00000.bin")
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "{}", "null", "7", '"tokens_per_batch"', '{"tokens_per_batch": 16}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": 3}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [["a"], []]}',
+])
+def test_damaged_run_file(train, refused, out, text):
+    train("-x 4 -n 2")
+    (out / "run_00000004.json").write_text(text)
+    refused("", "run_00000004.json")
+
+
+def test_without_our_own_file(train, out, tmp_path):
+    train(f"-x 9 -n 2 -o {tmp_path / 'whole'}")
+    train("-x 4 -n 2")
+    (out / "run_00000004.json").unlink()
+    train("-x 9 -n 2 -y 1")
+    for name in "model_00000009.bin", "state_00000009_00000.bin", "main.log":
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("overfit", [0, 1])
+@pytest.mark.parametrize("shape", [(64, 300, 384, 1, 2, 32), (64, 300, 384, 3, 2, 32)])
+def test_state_of_another_model(train, refused, out, tmp_path, overfit, shape):
+    maxT, V, Vp, L, NH, C = shape
+    model = GPT2(train_gpt2.GPT2Config(maxT, V, Vp, L, NH, C))
+    model.init_random()
+    model.write_checkpoint(str(tmp_path / "other.bin"))
+    train(f"-x 4 -n 2 -a {overfit}")
+    shutil.copy(tmp_path / "other.bin", out / "model_00000004.bin")
+    refused(f"-a {overfit}", "state_00000004_00000.bin", "HINT")
+
+
+@pytest.mark.parametrize("change", ["-b 4", "-t 4", "-b 1", "-t 9", "-a 1"])
+def test_batches_of_another_size(train, refused, out, change):
+    train("-x 4 -n 2")
+    refused(change, "HINT")
+    (out / "run_00000004.json").unlink()
+    refused(change, "HINT")
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "longer", "shorter"])
+@pytest.mark.parametrize("overfit", [0, 1])
+def test_other_shards(train, refused, out, make_shard, tmp_path, change, overfit):
+    train(f"-x 4 -n 2 -a {overfit}")
+    if change == "one more":
+        make_shard(tmp_path / "shard_4.bin", range(100))
+    elif change == "one less":
+        (tmp_path / "shard_2.bin").unlink()
+    else:
+        for i, size in enumerate(SHARDS):
+            make_shard(tmp_path / f"shard_{i}.bin", range(size + 32 if change == "longer" else max(0, size - 32)))
+    refused(f"-a {overfit}", "shard", "HINT")
+
+
+def test_the_same_shards_in_another_place(train, flags, out, tmp_path):
+    train(f"-x 9 -n 2 -o {tmp_path / 'whole'}")
+    train("-x 4 -n 2")
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("shard_*"):
+        shutil.copy(path, tmp_path / "moved")
+    train(f"-x 9 -n 2 -y 1 -i {tmp_path}/moved/s*.bin")
+    assert contents(out) == contents(tmp_path / "whole")

@@ -1,0 +1,107 @@
+"""Disks that are full, folders that cannot be written."""
+import errno
+import os
+
+import pytest
+from runs import complete, contents
+
+from dev.run import checkpoints, files
+
+resource = pytest.importorskip("resource", reason="Unix only")
+
+
+class FullDisk:
+    """A file on a disk that is full after so many writes, of all files together"""
+
+    def __init__(self, file, writes):
+        self.file, self.writes = file, writes
+
+    def write(self, data):
+        if next(self.writes, None) is None:
+            self.file.write(data[:len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def writelines(self, parts):
+        for part in parts:
+            self.write(part)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def fill_disk(patch, writes):
+    """From now on the trainer's files are on a disk that is full after so many writes."""
+    left = iter(range(writes))
+
+    def open_file(path, mode="r"):
+        return FullDisk(open(path, mode), left) if mode == "wb" else open(path, mode)
+    for module in files, checkpoints:
+        patch.setattr(module, "open", open_file, raising=False)
+
+
+@pytest.mark.parametrize("room", range(7))
+def test_full_disk(train, out, monkeypatch, room):
+    """Writes: main.log; the model's header and weights; the state's header, m, v and seven arrays; the run."""
+    train("-x 4 -n 2 -nk 1")
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, 2 * room)
+        printed = train("-x 6 -n 2 -nk 1 -y 1", status=1)
+    assert "No space left on device" in printed and str(out) in printed
+    after = contents(out)
+    assert complete(out) == [4] and not list(out.glob("*.tmp"))
+    assert {name: after[name] for name in before if name != "main.log"} == {
+        name: content for name, content in before.items() if name != "main.log"}
+
+
+def test_a_full_disk_is_made_room_on(train, out, tmp_path, monkeypatch):
+    train(f"-x 6 -n 2 -nk 1 -o {tmp_path / 'whole'}")
+    train("-x 4 -n 2 -nk 1")
+    with monkeypatch.context() as patch:
+        fill_disk(patch, 5)
+        train("-x 6 -n 2 -nk 1 -y 1", status=1)
+    train("-x 6 -n 2 -nk 1 -y 1")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_full_disk_at_the_end_of_a_file(train, out, monkeypatch):
+    """Some file systems find out no sooner than fsync."""
+    train("-x 4 -n 2")
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert "No space left" in train("-x 6 -n 2 -y 1", status=1)
+    assert complete(out) == [2, 4] and not list(out.glob("*.tmp"))
+
+
+def test_a_limit_on_file_sizes(train, out):
+    """The same from the operating system: a model fits, a state does not."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        assert "File too large" in train("-x 4 -n 2", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(contents(out)) == ["main.log", "model_00000002.bin"]
+    assert "no complete checkpoint" in train("-x 4 -n 2 -y 1") and complete(out) == [2, 4]
+
+
+@pytest.mark.parametrize("resume", [0, 1])
+def test_a_folder_that_cannot_be(train, tmp_path, resume):
+    (tmp_path / "file").touch()
+    assert "file/out" in train(f"-x 1 -n 1 -y {resume} -o {tmp_path}/file/out", status=1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_may_not_be_written(train, out):
+    out.mkdir(mode=0o555)
+    assert str(out) in train("-x 1 -n 1", status=1)

@@ -1,0 +1,124 @@
+"""llm.c's state file, byte by byte: what we write, and runs of llm.c that go on here."""
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from formulas import Order
+from runs import SAMPLES, N, complete
+
+from dev.run import checkpoints
+from dev.run.text import Sampler
+from train_gpt2 import GPT2, DataLoader
+
+
+def pack(order):
+    """The end of a state file, where llm.c keeps the order of batches and the generator"""
+    random = order.random
+    return (struct.pack(f"<Q{len(order.shards)}i", len(order.shards), *order.shards)
+            + struct.pack(f"<Q{len(order.order)}i", len(order.order), *order.order)
+            + struct.pack("<QiI624III", 0, random.left, random.next, *random.state, 0, 0x9908B0DF))
+
+
+def header(**words):
+    """A state file's first 1024 bytes"""
+    first = 20240527, 1, 1, 0, words.get("master", 0), words.get("shuffled", 1)
+    header = bytearray(struct.pack("<6i", *first) + bytes(1000))
+    struct.pack_into("<i", header, 40, words["step"])
+    struct.pack_into("<QQ", header, 80, words["sampler"], words.get("sampler_before", words["sampler"]))
+    struct.pack_into("<QQ", header, 120, words["shard"], words["sample"])
+    return bytes(header)
+
+
+def test_layout_of_a_state_file(train, out, tiny, shards):
+    train("-x 41 -n 41 -s 3 -g 5")  # into the second epoch
+    model, loader, order = GPT2.build(tiny), DataLoader(shards, 2, 8, should_shuffle=True), Order(SAMPLES)
+    for _ in range(41):
+        order.draw()
+        model.forward(*loader.next_batch())
+        model.backward()
+        model.update(1e-2)
+    sampler = Sampler()
+    for _ in range(14 * 4):  # steps 3, 6 … 39, and 41
+        sampler.coin()
+    expected = header(step=41, sampler=sampler.state, shard=order.shard, sample=order.sample)
+    state = (out / "state_00000041_00000.bin").read_bytes()
+    assert state[:1024] == expected
+    assert (np.frombuffer(state, "<f4", N, 1024) == model.m.memory).all() and model.m.memory.any()
+    assert (np.frombuffer(state, "<f4", N, 1024 + 4 * N) == model.v.memory).all() and model.v.memory.any()
+    assert state[1024 + 8 * N:] == pack(order)
+    weights = (out / "model_00000041.bin").read_bytes()
+    assert struct.unpack("<8i", weights[:32]) == (20240326, 3, 64, 300, 2, 2, 32, 384) and not any(weights[32:1024])
+    assert weights[1024:] == model.params.memory.tobytes()
+    assert (out / "DONE_00000041").read_bytes() == b""
+
+
+@pytest.mark.parametrize("batches", [0, 1, 17, 24, 25, 33, 34, 35, 300, 624, 625, 1500])
+def test_bytes_of_the_order_after(shards, batches):
+    loader, order = DataLoader(shards, 2, 8, should_shuffle=True), Order(SAMPLES)
+    for _ in range(batches):
+        loader.next_batch()
+        order.draw()
+    assert b"".join(bytes(array) for array in checkpoints.shuffle_state(loader)) == pack(order)
+    assert (loader.shard_index, loader.sample_index) == (order.shard, order.sample)
+
+
+def llmc_checkpoint(folder, step, order, model_file, m, v, master=None):
+    """What llm.c leaves in its output folder. order: None where it doesn't shuffle"""
+    folder.mkdir()
+    shutil.copy(model_file, folder / f"model_{step:08d}.bin")
+    position = {"shard": order.shard, "sample": order.sample} if order else {"shard": 1, "sample": 4, "shuffled": 0}
+    state = header(step=step, sampler=13371337, sampler_before=77, master=int(master is not None), **position)
+    state += m.tobytes() + v.tobytes() + (b"" if master is None else master.tobytes()) + (pack(order) if order else b"")
+    (folder / f"state_{step:08d}_00000.bin").write_bytes(state)
+    (folder / f"DONE_{step:08d}").touch()
+
+
+@pytest.mark.parametrize("step", [1, 24, 33, 34, 623])
+@pytest.mark.parametrize("master", [False, True])
+def test_a_run_of_llmc_goes_on(train, out, tiny, shards, rng, step, master):
+    order = Order(SAMPLES)
+    for _ in range(step):
+        order.draw()
+    m, v = (rng.uniform(0, 1e-4, N).astype(np.float32) for _ in range(2))
+    model = GPT2.build(tiny)
+    model.allocate(2, 8)
+    weights = model.params.memory.copy()
+    if master:  # a bfloat16 model is rounded; its master weights are exact
+        llmc_checkpoint(out, step, order, tiny.replace(".bin", "_bf16.bin"), m, v, weights)
+    else:
+        llmc_checkpoint(out, step, order, tiny, m, v)
+    printed = train(f"-x {step + 60} -y 1 -n {step + 60}")
+
+    tokens = [np.fromfile(path, np.uint16, offset=1024) for path in sorted(Path(shards).parent.glob("shard_*"))]
+    model.m.memory[:], model.v.memory[:], model.updates = m, v, step
+    losses = []
+    for _ in range(60):
+        shard, sample = order.draw()
+        batch = tokens[shard][16 * sample:16 * sample + 17].astype(np.int32)
+        losses.append(f"{model.forward(batch[:-1].reshape(2, 8), batch[1:].reshape(2, 8)):f}")
+        model.backward()
+        model.update(1e-2)
+    assert re.findall(r"^step \d+: train loss (\S+)", printed, re.MULTILINE) == losses
+    state = (out / f"state_{step + 60:08d}_00000.bin").read_bytes()
+    assert state[1024 + 8 * N:] == pack(order) and struct.unpack("<Q", state[80:88]) == (13371337,)
+
+
+def test_a_run_of_llmc_that_does_not_shuffle_goes_on(train, out, tiny):
+    llmc_checkpoint(out, 3, None, tiny, np.zeros(N, np.float32), np.zeros(N, np.float32))
+    train("-x 5 -a 1 -y 1 -n 5")
+    assert complete(out)[-1:] == [5] if (out / "run_00000003.json").exists() else (out / "DONE_00000005").exists()
+
+
+def test_the_same_tokens_in_a_batch_of_another_shape(train, out, shards):
+    train("-x 4 -n 2")
+    train("-x 5 -n 1 -y 1 -b 1 -t 16")
+    order, loader = Order(SAMPLES), DataLoader(shards, 1, 16, should_shuffle=True)
+    for _ in range(5):
+        order.draw()
+        loader.next_batch()
+    state = (out / "state_00000005_00000.bin").read_bytes()
+    assert state[1024 + 8 * N:] == pack(order)
+    assert loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]
