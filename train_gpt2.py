@@ -3,11 +3,14 @@ Trains GPT-2 in Python with Numba: every layer's forward and backward pass is a 
 
 It is llm.c's train_gpt2.c for people who read Python: the same file formats, batches, initial weights and printed
 lines, in one flat module without PyTorch. Read it from top to bottom: the matrix product, the layers in the order of
-the model with each backward pass below its forward pass, the optimiser, the model, the data, the training loop. What
-surrounds a run and would be the same for any model, such as text and checkpoints, is plain Python in dev/run/.
+the model with each backward pass below its forward pass, the optimiser, the model, the data, the training loop.
+
+The loop is the same for every device. It drives an engine, which is what dev/run/engine.py says it is; the class GPT2
+here is the one for CPUs. What surrounds a run and would be the same for any model, such as text, checkpoints and every
+line that is printed, is plain Python in dev/run/.
 
 What it deliberately is not: a framework. There is no autograd (the backward pass is written out), no other model,
-no GPU, and float32 is the only type that is computed with.
+and float32 is the only type that is computed with here.
 
     make train                                       the first run: data, weights, 40 steps
     python train_gpt2.py --help                      the flags
