@@ -9,9 +9,9 @@ How fast is it, and how fast could it be? One table on the terminal, and the sam
     python dev/doc/plot_bench.py                         the README's plot, from the file
 
 "Of the ceiling" is what was reached of the FMA peak (the micro-kernel in the L1 cache), of the bandwidth at which DRAM
-is read or, in AdamW's mix, read and written. More than 100 % means that the data came from a cache. The limit of a step
-is its model FLOPs, 6 N + 6 L C T a token, at the FMA peak, and then AdamW's 28 bytes a parameter at the bandwidth of its
-mix.
+is read or, in AdamW's mix, read and written. More than 100 % means that the data came from a cache. The limit of a
+step is its model FLOPs, 6 N + 6 L C T a token, at the FMA peak, and then AdamW's 28 bytes a parameter at the bandwidth
+of its mix.
 
 Times are wall-clock times: the median, and the best. Batches are random tokens: what they say doesn't change the time.
 Run it on a machine that does nothing else. A virtual machine's bandwidth may change from one second to the next (36
@@ -439,7 +439,8 @@ def torch(bench):
             mib = peer.peak_memory / 2**20
             yield bench.step_row(f"({B}, {T}) ours", B, T, ours)
             yield bench.step_row(f"({B}, {T}) {mode}", B, T, times, mode=mode, ratio=ratio, best_ratio=best,
-                                 peak_mib=mib, note=f"ratio {ratio:.3f}, of the best times {best:.3f}; peak memory {mib:,.0f} MiB")
+                                 peak_mib=mib, note=f"ratio {ratio:.3f}, of the best times {best:.3f}; "
+                                                    f"peak memory {mib:,.0f} MiB")
             ratios.append(ratio)
         if ratios:
             yield {"what": f"({B}, {T}) the better", "note": f"ratio {max(ratios):.3f}"}

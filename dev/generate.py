@@ -34,7 +34,7 @@ def parse_flags(argv):
     flag("--samples", type=int, default=1, help="how many texts are written")
     flag("--temperature", type=float, default=1.0, help="below 1 likely tokens become likelier, 0 = the likeliest only")
     flag("--top_k", type=int, default=0, help="draw from the k most likely tokens, 0 = all")
-    flag("--top_p", type=float, default=0.0, help="draw from the likeliest that have this probability together, 0 = all")
+    flag("--top_p", type=float, default=0.0, help="of the likeliest that have this probability together, 0 = all")
     flag("--seed", type=int, default=1337, help="of the sampler")
     flag("--past_end", action="store_true", help="go on with another text where the model ends one (token 50256)")
     flags = parser.parse_args(argv)
