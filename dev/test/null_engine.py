@@ -17,6 +17,7 @@ class NullEngine(Engine):
         super().__init__(config, table, processes)
         size = size_of(table)
         self.tensors = {what: Tensors(np.zeros(size, np.float32), table) for what in ("params", "grads", "m", "v")}
+        self.inputs = self.token_losses = None  # of the last forward pass
         self.direction = np.cos(np.arange(size, dtype=np.float32))  # of every gradient
         if weights:
             weights(self.tensors["params"])
@@ -25,6 +26,7 @@ class NullEngine(Engine):
         return ["an engine that computes nothing"]
 
     def prepare(self, B, T, recompute=1, train=True):
+        self.check_order("prepare")
         if B < 1 or not 0 < T <= self.config.max_seq_len:
             raise ValueError(f"({B}, {T}) tokens are no batch of a model with {self.config.max_seq_len} positions")
         return {"parameters": 4 * 4 * self.num_parameters}
@@ -36,6 +38,7 @@ class NullEngine(Engine):
         self.check_order("forward")
         self.inputs, targets = self.check_batch(inputs, targets)
         self.prepare(*self.inputs.shape)
+        self.token_losses = None
         if targets is None:
             return None
         self.pending = train
@@ -65,16 +68,20 @@ class NullEngine(Engine):
         self.micro_batches = 0
 
     def losses(self):
+        if self.token_losses is None:
+            raise ValueError("the last forward pass had no targets, and so no losses")
         return self.token_losses
 
     def logits(self, row):
+        if self.inputs is None or not 0 <= row < self.inputs.size:
+            raise ValueError(f"the last forward pass had no row {row}")
         token = self.inputs.ravel()[row]
         return np.cos(np.arange(self.config.vocab_size, dtype=np.float32) * (token + 1))
 
     def read(self, tokens):
         self.check_order("read")
         self.check_reading(len(tokens))
-        self.inputs = self.check_tokens([tokens])
+        self.inputs, self.token_losses = self.check_tokens([tokens]), None
         self.tokens_read += len(tokens)
         return self.logits(len(tokens) - 1)
 

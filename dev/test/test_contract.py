@@ -85,7 +85,7 @@ def test_what_cannot_come_before_the_backward_pass(engine):
     engine.forward(inputs, targets)
     for call, *args in [
         (engine.forward, inputs, targets), (engine.forward, inputs, targets, False), (engine.forward, inputs),
-        (engine.read, [1]), (engine.grad_norm,), (engine.update, 0, 1e-3),
+        (engine.read, [1]), (engine.grad_norm,), (engine.update, 0, 1e-3), (engine.prepare, 2, 20),
     ]:
         assert "backward" in refused(call, *args)
     engine.backward()
@@ -147,11 +147,25 @@ def test_losses(engine):
     assert engine.losses() == pytest.approx(losses, rel=1e-5)
 
 
-def test_without_targets_there_is_no_loss(engine):
+def test_there_are_no_losses(engine):
+    """before a forward pass with targets, and after one without, or after reading"""
+    inputs, targets = batch(engine.config, 2, 5)
+    refused(engine.losses)
+    for other in lambda: engine.forward(inputs), lambda: engine.read([1]):
+        engine.forward(inputs, targets, train=False)
+        other()
+        refused(engine.losses)
+        engine.rewind()
+
+
+def test_logits(engine):
     inputs, _ = batch(engine.config, 2, 5)
+    refused(engine.logits, 0)
     assert engine.forward(inputs) is None
     logits = engine.logits(9)
     assert logits.shape == (300,) and np.isfinite(logits).all()
+    refused(engine.logits, 10)
+    refused(engine.logits, -1)
 
 
 def test_tokens_read(engine):
