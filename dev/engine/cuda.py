@@ -9,6 +9,7 @@ piece the first time in the ordinary way, the second time recorded as a CUDA gra
 import functools
 import importlib.util
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,7 +158,7 @@ class GPT2(Engine):
                 f"{self.gpu.driver % 1000 // 10} | products: cuBLAS, {numbers} | attention: {self.attention_name}"]
 
     def peak(self):
-        bf16 = next((peak for name, peak in PEAKS.items() if name in self.gpu.name), math.nan)
+        bf16 = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", self.gpu.name)), math.nan)
         return bf16 if self.dtype == BF16 else bf16 / 2 if self.tf32 else math.nan
 
     # memory

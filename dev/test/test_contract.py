@@ -5,6 +5,7 @@ what it holds. Another engine is one more line in ENGINES.
 import io
 
 import numpy as np
+import numpy_gpu
 import pytest
 from models import batch, tensors
 from null_engine import NullEngine
@@ -12,7 +13,8 @@ from null_engine import NullEngine
 import train_gpt2 as t
 from dev.run.engine import Engine, size_of
 
-ENGINES = {"cpu": t.GPT2, "cpu, blas": lambda *args: t.GPT2(*args, matmul="blas"), "null": NullEngine}
+ENGINES = {"cpu": t.GPT2, "cpu, blas": lambda *args: t.GPT2(*args, matmul="blas"), "null": NullEngine,
+           "cuda, on NumPy": numpy_gpu.engine}
 
 
 @pytest.fixture(params=ENGINES)
