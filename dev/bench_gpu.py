@@ -109,7 +109,11 @@ def torch(attention, model, B, T, precision, steps):
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
                 "efficient": SDPBackend.EFFICIENT_ATTENTION}
     with sdpa_kernel(backends[attention]):
-        return {"times": measure(step, steps), "version": torch.__version__}
+        times = measure(step, steps)
+        with torch.profiler.profile() as profile:
+            step()
+    names = {event.key for event in profile.key_averages() if "attention" in event.key and "backward" not in event.key}
+    return {"times": times, "version": torch.__version__, "attention": sorted(names)}
 
 
 def worker(who, model, B, T, precision, steps):
@@ -150,6 +154,8 @@ def run(flags):
                 line += f", {100 * found['flops'] / ms / 1e-3 / found['peak']:.1f} % of {found['gpu']}'s peak, "
                 line += f"first step after {found['first']:.1f} s"
                 kernels = found["kernels"]
+            else:
+                line += f", PyTorch {found['version']}: {' '.join(found['attention'])}"
             print(line, flush=True)
         for who in peers:
             if who in row and "ours" in row:
