@@ -127,7 +127,8 @@ def worker(who, model, B, T, precision, steps):
 def ask(who, *args):
     """What a worker finds out; None, with a line about it, where it fails"""
     command = [sys.executable, os.path.abspath(__file__), "--worker", who, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # they take one peer's attention for the other's
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | caches)
     if done.returncode == 0:
         return json.loads(done.stdout)
     reason = [line for line in done.stderr.splitlines() if line.strip()][-1:]
