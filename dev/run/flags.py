@@ -4,7 +4,6 @@ The trainer's command line.
 import argparse
 import math
 
-
 # the flags that are an engine's options, by its device: others are ignored there
 OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
 
@@ -65,8 +64,8 @@ def parse_flags(argv):
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
     # the machine
     flag("--device", "cpu", "what computes", choices=("cpu", "cuda"))
-    flag("--precision", None, "what products read; default: fp32 on a CPU, bf16 on a GPU", str, choices=("fp32", "bf16"))
-    flag("--matmul", None, "on a CPU: products by our kernels or by NumPy's BLAS", str, choices=("auto", "numba", "blas"))
+    flag("--precision", None, "what products read; default: fp32, on a GPU bf16", str, choices=("fp32", "bf16"))
+    flag("--matmul", None, "on a CPU: products by our kernels or NumPy's BLAS", str, choices=("auto", "numba", "blas"))
     flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
     flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))

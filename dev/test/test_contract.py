@@ -54,7 +54,8 @@ def test_describe(engine):
 
 def test_prepare(engine):
     memory = engine.prepare(2, 8)
-    assert memory["parameters"] in (16 * engine.num_parameters, 18 * engine.num_parameters) and all(size >= 0 for size in memory.values())
+    assert memory["parameters"] in (16 * engine.num_parameters, 18 * engine.num_parameters)  # bfloat16 copies of them
+    assert all(size >= 0 for size in memory.values())
     assert engine.peak() > 0
     refused(engine.prepare, 2, 65)
     refused(engine.prepare, 0, 8)
@@ -186,7 +187,8 @@ def test_tokens_read(engine):
     engine.rewind()
     assert engine.tokens_read == 0
     refused(engine.read, [1] * 65)
-    assert engine.read([1, 2, 3, 7]) == pytest.approx(after_four, abs=1e-4)
+    bound = 0.1 if "bfloat16" in engine.describe()[0] else 1e-4
+    assert engine.read([1, 2, 3, 7]) == pytest.approx(after_four, abs=bound)
     engine.rewind()
     engine.read([1] * 64)
     assert "positions" in refused(engine.read, [1])
