@@ -22,6 +22,7 @@ from dev.data.shards import ShardWriter, write_datafile, write_evalfile
 from dev.data.tokenising import pieces, tokenize
 from dev.data.vocabulary import EOT, ByteEncoding, get_encoder
 from dev.run import files
+from dev.run.multiple_choice import read_examples
 
 try:
     import pyarrow as pa
@@ -558,6 +559,15 @@ def test_hellaswag(server, main, tmp_path):
     assert examples(tmp_path / "hellaswag" / "hellaswag_val.bin") == expected
 
 
+def test_hellaswag_without_a_context(server, main, tmp_path):
+    """What is written is read again: an ending alone goes on after the end of another text."""
+    items = [{"ctx": ctx, "endings": ["a", "", " ", "b"], "label": 3} for ctx in ("", " ", "x")]
+    server.files["/hellaswag_val.jsonl"] = "\n".join(map(json.dumps, items)).encode()
+    main(hellaswag, "--base_url", server.url)
+    contexts = [context for context, _, _ in read_examples(tmp_path / "hellaswag" / "hellaswag_val.bin")]
+    assert contexts == [[EOT], ids(" "), ids("x")]
+
+
 def test_hellaswag_bad_line(server, main, tmp_path):
     server.files["/hellaswag_val.jsonl"] = b'{"ctx": "A man"}'
     with pytest.raises(ValueError, match="line 1"):
@@ -582,7 +592,8 @@ def test_mmlu(server, main, tmp_path):
 
 @pytest.mark.parametrize("example", [
     ([1], [[1], [2]], 2), ([1], [[1], []], 0), ([65535], [[1]], 0), ([1] * 40000, [[1]], 0),
-], ids=["label", "empty", "token", "long"])  # fmt: skip
+    ([], [[1]], 0),
+], ids=["label", "empty", "token", "long", "no context"])  # fmt: skip
 def test_evalfile_refuses(tmp_path, example):
     with pytest.raises(ValueError, match="example 1 "):
         write_evalfile(tmp_path / "x.bin", [([1], [[1]], 0), example])

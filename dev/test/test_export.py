@@ -368,7 +368,9 @@ def test_gguf_holds_the_same_tensors(dtype, tiny, tmp_path, gguf):
         x = np.array(getattr(params, name))
         layers = {theirs.format(layer): (name, x[layer]) for layer in range(2)}
         expected.update(layers if "{}" in theirs else {theirs: (name, x)})
-    assert tensors.keys() == expected.keys()
+    assert tensors.keys() == expected.keys() | {"output.weight"}
+    np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
+    assert types["output.weight"] == types["token_embd.weight"]
     for theirs, (name, x) in expected.items():
         x = x[:300] if name == "wte" else x
         matrix = theirs.endswith("weight") and "norm" not in theirs and name != "wpe"
@@ -412,6 +414,16 @@ def test_gguf_has_gpt2s_tokenizer(tmp_path, gguf, vocabulary):
     assert len(merges) == 50000 and merges[0] == "Ġ t" and merges[-1] == "Ġg azed"
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert fields["tokenizer.ggml.eos_token_id"] == fields["tokenizer.ggml.bos_token_id"] == 50256
+
+
+@pytest.mark.parametrize("flags, has", [([], True), (["--tied", "0"], True), (["--tied", "1"], False)])
+def test_gguf_with_and_without_an_output_matrix(flags, has, tiny, tmp_path, gguf, monkeypatch):
+    """llama.cpp reads one without since March 2025 only"""
+    path = tmp_path / "model.gguf"
+    monkeypatch.setattr("sys.argv", ["export_gguf.py", "-i", tiny, "-o", str(path), "-d", "q8_0", *flags])
+    export_gguf.main()
+    types = read_gguf(gguf, path)[1]
+    assert ("output.weight" in types) == has and types.get("output.weight", "Q8_0") == "Q8_0"
 
 
 def test_gguf_of_bfloat16_weights(tiny, tmp_path, gguf):
