@@ -4,8 +4,9 @@ A checkpoint (.bin) into a GGUF file, tokenizer included, for llama.cpp and ever
     python -m dev.eval.export_gguf -i log124M/model_00018865.bin -o my_model.gguf -d q8_0        # or f16, f32
     llama-completion -m my_model.gguf -p "Once upon a time"
 
-Needs the package gguf. The embedding is written once more, as the output matrix that programs on llama.cpp from before
-March 2025 ask for; --tied 1 leaves it out, and the file is smaller by that. Biases, LayerNorm and the position embedding stay float32, as in llama.cpp's own converter.
+Needs the package gguf. Biases, LayerNorm and the position embedding stay float32, as in llama.cpp's own converter. The
+embedding is written once more, as the output matrix, without which programs on a llama.cpp from before March 2025
+refuse the file; --tied 1 leaves it out.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder

