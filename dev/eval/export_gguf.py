@@ -22,6 +22,7 @@ from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import Checkpoint, converter
 from dev.eval.import_hf import CONV1D, tensor_table
 from dev.run.files import NewFile
+from dev.run.vocabulary import own_vocabulary
 
 try:
     import gguf
@@ -52,8 +53,11 @@ def add_config(writer, config, dtype):
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def add_tokenizer(writer, V):
-    """GPT-2's vocabulary, up to V tokens"""
+def add_tokenizer(writer, V, own):
+    """The model's own vocabulary, or GPT-2's, up to V tokens"""
+    if own:
+        add_own_tokenizer(writer, V, own)
+        return
     if V < VOCAB_SIZE:
         print(f"a vocabulary of {V} is not GPT-2's: the file gets no tokenizer")
         writer.add_tokenizer_model("no_vocab")
@@ -71,6 +75,23 @@ def add_tokenizer(writer, V):
     writer.add_eos_token_id(EOT)
 
 
+def add_own_tokenizer(writer, V, own):
+    if own.tokens is None or len(own.names) > V:
+        problem = own.problem if own.tokens is None else f"{len(own.names)} tokens, and the model has {V}"
+        print(f"the file gets no tokenizer: {problem}")
+        writer.add_tokenizer_model("no_vocab")
+        return
+    names = own.names + [None] * (V - len(own.names))
+    kinds = gguf.TokenType.UNUSED, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"[PAD{i}]" if name is None else name for i, name in enumerate(names)])
+    writer.add_token_types([kinds[0 if name is None else 1 if name in own.special else 2] for name in names])
+    writer.add_token_merges([" ".join(pair) for pair in own.merges])
+    writer.add_bos_token_id(own.eot_token)
+    writer.add_eos_token_id(own.eot_token)
+
+
 def export(checkpoint, path, dtype, tied=False):
     config = checkpoint.config
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.num_layers)
@@ -79,7 +100,7 @@ def export(checkpoint, path, dtype, tied=False):
         writer = gguf.GGUFWriter(f.name, "gpt2")
         writer.add_name(path.stem)
         add_config(writer, config, dtype)
-        add_tokenizer(writer, config.vocab_size)
+        add_tokenizer(writer, config.vocab_size, own_vocabulary(checkpoint.path))
         tensors, table = [], list(tensor_table(config))
         if not tied:
             table.append(("output", None, "lm_head.weight", table[0][3]))
