@@ -3,11 +3,14 @@ Trains GPT-2 in Python with Numba: every layer's forward and backward pass is a 
 
 It is llm.c's train_gpt2.c for people who read Python: the same file formats, batches, initial weights and printed
 lines, in one flat module without PyTorch. Read it from top to bottom: the matrix product, the layers in the order of
-the model with each backward pass below its forward pass, the optimiser, the model, the data, the training loop. What
-surrounds a run and would be the same for any model, such as text and checkpoints, is plain Python in dev/run/.
+the model with each backward pass below its forward pass, the optimiser, the model, the data, the training loop.
+
+The loop is the same for every device. It drives an engine, which is what dev/run/engine.py says it is; the class GPT2
+here is the one for CPUs. What surrounds a run and would be the same for any model, such as text, checkpoints and every
+line that is printed, is plain Python in dev/run/.
 
 What it deliberately is not: a framework. There is no autograd (the backward pass is written out), no other model,
-no GPU, and float32 is the only type that is computed with.
+and float32 is the only type that is computed with here.
 
     make train                                       the first run: data, weights, 40 steps
     python train_gpt2.py --help                      the flags
@@ -963,6 +966,7 @@ class GPT2(Engine):
         return [f"threads: {threads} ({numba.threading_layer()}) | matrix product: {product}"]
 
     def prepare(self, B, T, recompute=1, train=True):
+        self.check_order("prepare")
         plan = memory_plan(self.config, B, T, recompute, train)
         if train:
             plan["parameters"] -= 8 * (self.num_parameters - size_of(self.moments))
@@ -977,6 +981,8 @@ class GPT2(Engine):
         return plan
 
     def peak(self):
+        if self.acts is None:
+            raise ValueError("nothing can be measured before prepare()")
         self.acts.panels.fill(0)
         return measure_peak(self.acts.panels)
 
@@ -1004,7 +1010,8 @@ class GPT2(Engine):
         inputs, targets = self.check_batch(inputs, targets)
         train = train and targets is not None
         self.allocate(*inputs.shape, train)
-        acts, self.inputs = self.acts, inputs
+        acts, self.inputs, self.rows = self.acts, inputs, inputs.size
+        self.scored = None if targets is None else inputs.shape
 
         def attention(l, at):
             self.kernels.attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
@@ -1045,9 +1052,11 @@ class GPT2(Engine):
         return float(acts.losses.mean(dtype=np.float64))
 
     def losses(self):
-        return self.acts.losses.reshape(self.inputs.shape)
+        self.check_scored()
+        return self.acts.losses.reshape(self.scored)
 
     def logits(self, row):
+        self.check_row(row)
         out, lnf, panels = self.acts.logits[:1], self.acts.lnf[row:row + 1], self.acts.panels
         self.kernels.matmul_forward(out, NOTHING, lnf, self.params.wte, NOTHING[0], NOTHING, panels)
         return out[0, :self.config.vocab_size]
@@ -1069,7 +1078,7 @@ class GPT2(Engine):
             else:
                 k.attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
         self.blocks(inputs, start, attention)
-        self.tokens_read = end
+        self.tokens_read, self.rows, self.scored = end, len(tokens), None
         return self.logits(len(tokens) - 1)
 
     def backward(self, last=True):
@@ -1343,7 +1352,8 @@ class DataLoader:
         state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
         if self.random:
             _, key, position, *_ = self.random.get_state()
-            state |= {"shard_order": self.shard_order, "sample_order": self.sample_order, "generator": (key, position)}
+            state |= {"shard_order": self.shard_order[:], "sample_order": self.sample_order,
+                      "generator": (key, position)}
         return state
 
     def restore(self, state):

@@ -8,13 +8,15 @@ How fast is it, and how fast could it be? One table on the terminal, and the sam
     python -m dev.bench --markdown                       the README's table, from the file
     python dev/doc/plot_bench.py                         the README's plot, from the file
 
-"Of the ceiling" is what was reached of the FMA peak (the micro-kernel in the L1 cache), of the bandwidth at which DRAM is
-read or, in AdamW's mix, read and written. More than 100 % means that the data came from a cache. The limit of a step is
-its model FLOPs, 6 N + 6 L C T a token, at the FMA peak, and then AdamW's 28 bytes a parameter at the bandwidth of its mix.
+"Of the ceiling" is what was reached of the FMA peak (the micro-kernel in the L1 cache), of the bandwidth at which DRAM
+is read or, in AdamW's mix, read and written. More than 100 % means that the data came from a cache. The limit of a
+step is its model FLOPs, 6 N + 6 L C T a token, at the FMA peak, and then AdamW's 28 bytes a parameter at the bandwidth
+of its mix.
 
 Times are wall-clock times: the median, and the best. Batches are random tokens: what they say doesn't change the time.
-Run it on a machine that does nothing else. A virtual machine's bandwidth may change from one second to the next (36 and
-62 GB/s were seen), so what depends on it most, AdamW and sampling, takes turns with a loop that only moves the same data.
+Run it on a machine that does nothing else. A virtual machine's bandwidth may change from one second to the next (36
+and 62 GB/s were seen), so what depends on it most, AdamW and sampling, takes turns with a loop that only moves the same
+data.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -152,7 +154,7 @@ def peer_environment():
 
 
 def spawn(command, cwd=ROOT, **options):
-    """A Popen with a shell in between, because Linux counts what the parent of a process holds as the process's own peak."""
+    """A Popen with a shell in between: Linux counts what a process's parent holds as the process's own peak."""
     return subprocess.Popen(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=cwd, start_new_session=True, **options)
 
 
@@ -167,7 +169,8 @@ class Worker:
     """PyTorch in a process of its own, which waits at a pipe, asleep, until it is asked for a step."""
 
     def __init__(self, *args):
-        self.process = spawn([sys.executable, "-m", "dev.bench", "--worker", *map(str, args)], text=True, stdin=subprocess.PIPE,
+        command = [sys.executable, "-m", "dev.bench", "--worker", *map(str, args)]
+        self.process = spawn(command, text=True, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=peer_environment())
 
     def step(self):
@@ -282,7 +285,7 @@ class Bench:
             self.model.prepare(*self.shapes[0])
 
     def train(self, B, T, *flags, env=None):
-        """A run of train_gpt2.py. Returns {a line's beginning, up to a colon: (when it came, the line)}, the first of each."""
+        """A run of train_gpt2.py. Returns {a line's beginning, up to a colon: (when it came, the first such line)}."""
         command = [sys.executable, "train_gpt2.py", "-e", self.flags.model, "-i", self.shard, "-j", self.shard,
                    "-b", str(B), "-t", str(T), "--matmul", self.flags.matmul, *flags]
         lines = list(lines_of(command, env=env))
@@ -332,7 +335,8 @@ def ceilings(bench):
     array = [aligned(size // 2, np.ones) for _ in range(4)]
     adamw = 28e-9 * (size // 2) / min(bench.measure(stopwatch, plain_adamw, *array))
     bench.ceilings = {"fma": peak, "read": read, "adamw": adamw}
-    for what, key in (("float32 multiply-adds", "fma"), ("reading DRAM", "read"), ("AdamW's reading and writing", "adamw")):
+    names = {"fma": "float32 multiply-adds", "read": "reading DRAM", "adamw": "AdamW's reading and writing"}
+    for key, what in names.items():
         yield {"what": what, "ceiling": key, "rate": bench.ceilings[key], "unit": UNITS[key]}
 
 
@@ -367,7 +371,8 @@ def threads(bench):
         times = bench.measure(bench.step, B, T)
         alone = alone or np.median(times)
         speedup = float(alone / np.median(times))
-        yield bench.step_row(f"({B}, {T}) on {n}", B, T, times, peak, threads=n, speedup=speedup, note=f"{speedup:.2f} times one")
+        yield bench.step_row(f"({B}, {T}) on {n}", B, T, times, peak, threads=n, speedup=speedup,
+                             note=f"{speedup:.2f} times one")
     bench.use_threads(bench.threads)
 
 
@@ -376,7 +381,8 @@ def memory(bench):
     for B, T in bench.shapes:
         seen = bench.train(B, T, "-x", "2", "-m", "1")
         plan, peak = (float(seen[key][1].split()[-2].replace(",", "")) for key in ("memory", "peak memory"))
-        yield {"what": f"({B}, {T})", "rate": peak, "unit": "MiB", "percent": 100 * peak / plan, "plan": plan, "B": B, "T": T}
+        yield {"what": f"({B}, {T})", "rate": peak, "unit": "MiB", "percent": 100 * peak / plan, "plan": plan,
+               "B": B, "T": T}
 
 
 def adamw(bench):
@@ -384,8 +390,8 @@ def adamw(bench):
     model = bench.model
     arrays = [model.host(what).memory for what in ("params", "grads", "m", "v")]
     numbers = np.array([1e-8, 0.9, 0.999, 1, 1, 1e-8, 0, 1], np.float32)  # lr … grad_scale
-    times, loop = alternate([partial(stopwatch, t.adamw_update, *arrays, *numbers), partial(stopwatch, plain_adamw, *arrays)],
-                            bench.flags.seconds)
+    times, loop = alternate([partial(stopwatch, t.adamw_update, *arrays, *numbers),
+                             partial(stopwatch, plain_adamw, *arrays)], bench.flags.seconds)
     ratio, moved = float(np.median(times) / np.median(loop)), 28 * model.num_parameters
     yield bench.row("all parameters", times, moved, "adamw", 1e-9 * moved / np.median(loop), ratio=ratio,
                     note=f"{ratio:.2f} times the loop's {1e3 * np.median(loop):.1f} ms")
@@ -429,10 +435,12 @@ def torch(bench):
                 continue
             finally:
                 end(peer.process)
-            ratio, best, mib = float(np.median(ours) / np.median(times)), min(ours) / min(times), peer.peak_memory / 2**20
+            ratio, best = float(np.median(ours) / np.median(times)), min(ours) / min(times)
+            mib = peer.peak_memory / 2**20
             yield bench.step_row(f"({B}, {T}) ours", B, T, ours)
-            yield bench.step_row(f"({B}, {T}) {mode}", B, T, times, mode=mode, ratio=ratio, best_ratio=best, peak_mib=mib,
-                                 note=f"ratio {ratio:.3f}, of the best times {best:.3f}; peak memory {mib:,.0f} MiB")
+            yield bench.step_row(f"({B}, {T}) {mode}", B, T, times, mode=mode, ratio=ratio, best_ratio=best,
+                                 peak_mib=mib, note=f"ratio {ratio:.3f}, of the best times {best:.3f}; "
+                                                    f"peak memory {mib:,.0f} MiB")
             ratios.append(ratio)
         if ratios:
             yield {"what": f"({B}, {T}) the better", "note": f"ratio {max(ratios):.3f}"}
@@ -460,7 +468,8 @@ def llmc(bench):
     yield bench.step_row("(4, 64) llm.c", 4, 64, times[1:], ratio=ratio, note=f"ratio {ratio:.3f}")
 
 
-SECTIONS = {f.__name__: f for f in (ceilings, kernels, steps, curve, threads, memory, adamw, sampling, start, torch, llmc)}
+SECTIONS = {f.__name__: f for f in (ceilings, kernels, steps, curve, threads, memory, adamw, sampling, start, torch,
+                                    llmc)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,7 +491,8 @@ def machine():
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["PyTorch"] = importlib.metadata.version("torch")
     return {"cpu": processor(), "cores": available_cpus(), "threads": numba.get_num_threads(), "vector_bits": 32 * t.VL,
-            "memory_gib": round(memory / 2**30), "system": f"{platform.system()} {platform.machine()}", "versions": versions}
+            "memory_gib": round(memory / 2**30), "system": f"{platform.system()} {platform.machine()}",
+            "versions": versions}
 
 
 def parse_flags(argv):
@@ -522,7 +532,8 @@ def show(row):
 
 def run(flags):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    setting = {"machine": machine(), "model": flags.model, "matmul": t.build(flags.model, matmul=flags.matmul).describe()[0]}
+    engine = t.build(flags.model, matmul=flags.matmul)
+    setting = {"machine": machine(), "model": flags.model, "matmul": engine.describe()[0]}
     print(json.dumps(setting))
     if load > 0.5:
         print(f"load average {load:.1f}: other programs are running, so these numbers are not what the machine can do")
@@ -541,7 +552,8 @@ def run(flags):
             results[name] = []
             for row in section(bench):
                 show(row)
-                results[name].append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+                results[name].append({key: round(value, 4) if isinstance(value, float) else value
+                                      for key, value in row.items()})
             Path(flags.output).write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {flags.output}")
 

@@ -28,13 +28,13 @@ def parse_flags(argv):
     parser = argparse.ArgumentParser(prog="python -m dev.generate", description=__doc__.strip().splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint, or a descriptor for random weights: d6, d12 ...")
+    flag("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint, or a descriptor: d6, d12 …")
     flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
     flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")
     flag("--samples", type=int, default=1, help="how many texts are written")
-    flag("--temperature", type=float, default=1.0, help="below 1 likely tokens become more likely, 0 = always the most likely")
+    flag("--temperature", type=float, default=1.0, help="below 1 likely tokens become likelier, 0 = the likeliest only")
     flag("--top_k", type=int, default=0, help="draw from the k most likely tokens, 0 = all")
-    flag("--top_p", type=float, default=0.0, help="draw from the most likely tokens that have this probability together, 0 = all")
+    flag("--top_p", type=float, default=0.0, help="of the likeliest that have this probability together, 0 = all")
     flag("--seed", type=int, default=1337, help="of the sampler")
     flag("--past_end", action="store_true", help="go on with another text where the model ends one (token 50256)")
     flags = parser.parse_args(argv)
@@ -61,7 +61,8 @@ def run(flags):
     engine = build(flags.model)
     config, tokenizer = engine.config, Tokenizer()
     if tokenizer.tokens is None:
-        print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it", file=sys.stderr)
+        print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it",
+              file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
     prompt = encode(text) if text else [end]  # a text begins after the end of another
