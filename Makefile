@@ -51,6 +51,6 @@ bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=
 	$(RUN) -m pip install -q pytest ruff
 	@touch $@
 
-.venv/dev: .venv/test dev/requirements.txt
-	$(RUN) -m pip install -q -r dev/requirements.txt
+.venv/dev: .venv/test dev/requirements.txt dev/run/requirements-mpi.txt
+	$(RUN) -m pip install -q -r dev/requirements.txt -r dev/run/requirements-mpi.txt
 	@touch $@

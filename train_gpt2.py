@@ -1402,16 +1402,14 @@ def train(flags, processes=ALONE):
     report.program(engine)
 
     # the data, and what else can be wrong, before anything takes time or memory
-    V, overfit = engine.config.vocab_size, bool(flags.overfit_single_batch)
-    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=V)
-    pattern = flags.input_val_bin if overfit else flags.input_bin
-    loader = DataLoader(pattern, B, T, should_shuffle=not overfit, vocab_size=V)
+    overfit, known = bool(flags.overfit_single_batch), {"vocab_size": engine.config.vocab_size}
+    val_loader = DataLoader(flags.input_val_bin, B, T, **known)
+    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **known)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
     examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
     tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     prompt = encode(flags.prompt) or [min(tokenizer.eot_token, engine.config.vocab_size - 1)]  # another text's end
-
     processes.agree(checkpoint=resume_step or 0, training_tokens=loader.num_tokens,
                     validation_tokens=val_loader.num_tokens, examples=len(examples))
 
@@ -1420,8 +1418,8 @@ def train(flags, processes=ALONE):
     run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz))
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
-    if folder and processes.rank == 0:
-        report.say(*open_output(flags, resume_step))
+    if folder:
+        report.say(*open_output(flags, resume_step, processes))
     report.begin(run, steps, tokenizer)
     stop = stop_on_signals()
 
@@ -1436,17 +1434,17 @@ def train(flags, processes=ALONE):
             if due(flags.val_loss_every):
                 report.validation(step, validate(engine, val_loader, val_batches))
                 if examples:
-                    correct, _ = score(engine, examples[processes.rank::processes.size])
-                    report.hellaswag(step, processes.sum(correct), len(examples))
+                    report.hellaswag(step, *score(engine, examples))
 
             # once in a while draw a text from the model
-            if due(flags.sample_every) and begun and processes.rank == 0:
+            if due(flags.sample_every) and begun:
                 report.sample(engine, tokenizer, sampler, prompt)
 
             # once in a while write a checkpoint
             stopping, saving = requests(folder, stop, processes)
             if folder and (due(flags.checkpoint_every) and begun or (stopping or saving) and step != resume_step):
                 report.checkpoint(step, save(flags, run))
+                stopping = processes.any(stop.requested or stopping)
             if step >= steps or stopping:
                 break
 

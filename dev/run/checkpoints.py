@@ -16,6 +16,7 @@ import numpy as np
 
 from dev.run.engine import Engine
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, STATE_MAGIC, read_header, sync_folder, write_file
+from dev.run.processes import ALONE
 from dev.run.schedule import Outliers
 from dev.run.text import Sampler
 
@@ -104,6 +105,8 @@ def choose_state(folder, step, saved_stage, processes):
     first, own = (checkpoint_files(folder, step, rank)[2] for rank in (0, processes.rank))
     with open(first, "rb") as file:
         count = int(read_header(file, first, STATE_MAGIC, (1,))[2])
+    if count < 1:
+        raise ValueError(f"{first}: damaged: its header says {count} processes")
     same = count == processes.size
     if saved_stage != processes.zero_stage and count > 1 or processes.zero_stage and not same:
         raise ValueError(f"{first}: a run of {count} processes with -z {saved_stage} left off here; these are "
@@ -209,10 +212,12 @@ def remove_old_checkpoints(folder, keep, major_every):
                 sync_folder(folder)
 
 
-def open_output(flags, resume_step):
+def open_output(flags, resume_step, processes=ALONE):
     """Make the output folder fit for a run: without leftovers of one that was killed, or ended and is not resumed.
-    Returns lines that say what happened."""
+    The first process does. Returns lines that say what happened."""
     folder, lines = flags.output_dir, []
+    if processes.rank > 0:
+        return lines
     os.makedirs(folder, exist_ok=True)
     for path in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
         os.unlink(path)

@@ -25,17 +25,21 @@ from dev.run.engine import NO_LAYERS
 from dev.run.machine import allowed_cpus
 from dev.run.processes import Processes
 
-try:
-    import mpi4py
-    mpi4py.rc.thread_level = "serialized"
-    from mpi4py import MPI
-except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
-    raise ValueError(f"several processes need mpi4py and an MPI library: {error}\n"
-                     "---> HINT: python -m pip install -r dev/run/requirements-mpi.txt") from error
-
 BUCKET = 64 << 20       # bytes of one sum: MPI libraries count in 32 bits, and use buffers of such a size
 SMALL = 1 << 20         # arrays below this go together: 0.1 ms for each call, where a bias of 124M is summed in 0.01
 PAUSE, LONGEST_PAUSE = 20e-6, 500e-6  # seconds between two looks at a sum; the first few are short
+
+
+def load_mpi():
+    """mpi4py's module MPI, for calls from one thread at a time. ValueError where it, or an MPI library, is missing"""
+    try:
+        import mpi4py
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI
+        return MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
+        raise ValueError(f"several processes need mpi4py and an MPI library: {error}\n"
+                         "---> HINT: python -m pip install -r dev/run/requirements-mpi.txt") from error
 
 
 class Mpi(Processes):
@@ -46,11 +50,11 @@ class Mpi(Processes):
     """
 
     def __init__(self, size, zero_stage=0):
-        self.comm, self.zero_stage = MPI.COMM_WORLD, zero_stage
+        self.MPI = MPI = load_mpi()
+        self.comm, self.zero_stage, self.library = MPI.COMM_WORLD, zero_stage, MPI.Get_library_version().split(",")[0]
         self.rank, self.size = self.comm.rank, self.comm.size
         if self.size != size:
-            library = MPI.Get_library_version().split(",")[0].strip()
-            raise ValueError(f"there should be {size} processes, but MPI finds {self.size} ({library})\n"
+            raise ValueError(f"there should be {size} processes, but MPI finds {self.size} ({self.library})\n"
                              f"---> HINT: start them with `mpirun -np {size}` of the MPI library that mpi4py uses")
         self.machine = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = self.machine.rank, self.machine.size
@@ -66,7 +70,7 @@ class Mpi(Processes):
 
     def describe(self):
         lines = [f"processes: {self.size} | on this machine: {self.local_size} | -z {self.zero_stage} | "
-                 f"{MPI.Get_library_version().split(',')[0].strip()}"]
+                 f"{self.library}"]
         cpus = os.cpu_count() or 1
         if len(self.used_cpus) < cpus and "OMP_NUM_THREADS" not in os.environ:
             lines += [f"{self.local_size} processes are bound to {len(self.used_cpus)} of {cpus} processors\n"
@@ -115,7 +119,7 @@ class Mpi(Processes):
         together = np.concatenate(small or [np.empty(0, np.float32)])
         for x in [together, *(x for x in flat if x.nbytes >= SMALL)]:
             for first in range(0, x.size, BUCKET // 4):
-                self.finish(self.comm.Iallreduce(MPI.IN_PLACE, x[first:first + BUCKET // 4]))
+                self.finish(self.comm.Iallreduce(self.MPI.IN_PLACE, x[first:first + BUCKET // 4]))
         for x, part in zip(small, np.split(together, np.cumsum([x.size for x in small])[:-1])):
             x[:] = part
         self.times["sums of gradients"] += time.perf_counter() - start
@@ -143,7 +147,7 @@ class Mpi(Processes):
     def gather(self, tensor):
         def exchange():
             for layer in tensor.reshape(len(tensor), -1):
-                self.finish(self.comm.Iallgather(MPI.IN_PLACE, layer))
+                self.finish(self.comm.Iallgather(self.MPI.IN_PLACE, layer))
         if self.zero_stage:
             self.begun.append(self.begin(exchange))
 
@@ -151,7 +155,7 @@ class Mpi(Processes):
 
     def sum(self, value):
         total = np.array(value)
-        self.begin(lambda: self.finish(self.comm.Iallreduce(MPI.IN_PLACE, total), longest=0.005)).result()
+        self.begin(lambda: self.finish(self.comm.Iallreduce(self.MPI.IN_PLACE, total), longest=0.005)).result()
         return total if np.ndim(value) else total.item()
 
     def any(self, flag):

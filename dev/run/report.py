@@ -81,7 +81,9 @@ class Report:
         self.write_log(f"s:{step} eval:{share:.4f}")
 
     def sample(self, engine, tokenizer, sampler, prompt):
-        """Draw a text and print it as it comes."""
+        """Draw a text and print it as it comes, in the first process."""
+        if self.processes.rank > 0:
+            return
         self.say("generating:\n---")
         tokenizer.reset()
         for token in generate(engine, sampler, prompt, self.flags.gen_tokens - 1):
