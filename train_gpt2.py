@@ -1458,8 +1458,8 @@ def train(flags, processes=ALONE):
                 batches = [loader.next_batch() for _ in range(processes.size)]
                 losses.append(engine.forward(*batches[processes.rank]))
                 engine.backward(last=micro_batch == flags.micro_batches - 1)
-            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             norm = engine.grad_norm()
+            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             require_finite(step, loss, norm)
             learning_rate = scheduled_learning_rate(flags, step, steps)
             skip = run.outliers.far(loss, norm)

@@ -318,23 +318,23 @@ def test_signal_to_one_process_stops_all(job, out, number):
 SUMS = """
 from dev.run import mpi
 mpi.BUCKET, mpi.SMALL = 4 * 1000, 4 * 100
-calls, finish = [], mpi.Mpi.finish
-mpi.Mpi.finish = staticmethod(lambda request, longest=0: (calls.append(1), finish(request)))
+calls, add_up = [], mpi.Mpi.add_up
+mpi.Mpi.add_up = lambda processes, x: (calls.append(1), add_up(processes, x))
 {more}
 processes = mpi.Mpi({size})
-assert processes.threaded == {threaded}
+assert processes.near and processes.threaded == {threaded}
+processes.near = {near}
 shapes = [(3,), (2, 50), (99,), (7, 500), (1000,), (100,)]
 def arrays(rank):
     return [np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape) * (rank + 1) for shape in shapes]
 mine = arrays(rank)
-calls.clear()
 processes.reduce(mine[:2])
 processes.reduce(mine[2:])
 processes.wait()
 whole = sum(range({size} + 1))
 for got, shape in zip(mine, shapes):
     assert (got == whole * np.arange(got.size).reshape(shape)).all(), (shape, got)
-# 3 numbers together with none and 100 alone; then 99 and none, 3500 in four buckets, 1000, 100
+# 3 numbers, and 100; then 99, 3500 in four buckets, 1000, and 100
 assert len(calls) == 1 + 1 + 1 + 4 + 1 + 1, len(calls)
 assert processes.sum(2.5) == 2.5 * {size} and type(processes.sum(rank)) is int
 assert processes.any(rank == 1) is True and processes.any(False) is False
@@ -347,7 +347,7 @@ sys.exit()
 
 
 @pytest.mark.parametrize("more, threaded", [("", True), ("mpi.load_mpi().Query_thread = lambda: 0", False)])
-@pytest.mark.parametrize("size", [2, 3])
-def test_sums(run, size, more, threaded):
-    """Also where the MPI library allows no thread"""
-    assert run(size, "", SUMS.format(size=size, more=more, threaded=threaded)).count("right") == size
+@pytest.mark.parametrize("size, near", [(2, True), (3, False)])
+def test_sums(run, size, near, more, threaded):
+    """On one machine or several, and where the MPI library allows no thread"""
+    assert run(size, "", SUMS.format(size=size, near=near, more=more, threaded=threaded)).count("right") == size
