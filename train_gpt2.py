@@ -1089,6 +1089,12 @@ class GPT2(Engine):
         dresidual.fill(0)
         inp = acts.residual3[-1]
         k.layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, inp, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
+        # wte has the classifier's part, which is summed meanwhile. The encoder's part follows as the rows of all
+        # processes, where they are fewer than those of wte: 124M's wte is a third of the model, and final at the end.
+        rows = self.processes.size * len(dresidual) <= len(g.wte)
+        if last:
+            early = [g.wte, g.wpe] if add else [g.wte]
+            self.processes.reduce([g.lnfw, g.lnfb] + (early if rows else []))
         for l in reversed(range(self.config.num_layers)):
             at = self.layer(l)
             inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # what LayerNorm 1 and 2 read
@@ -1110,9 +1116,12 @@ class GPT2(Engine):
             k.layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], *stats, add)
             if last:
                 self.processes.reduce([getattr(g, name)[l] for name, _ in self.table if name not in NO_LAYERS])
-        k.encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
-        if last:
-            self.processes.reduce([getattr(g, name) for name in NO_LAYERS])
+        inputs = self.inputs
+        if last and rows:
+            dresidual, inputs = self.processes.together(dresidual), self.processes.together(inputs)
+        k.encoder_backward(g.wte, g.wpe, dresidual, inputs, add)
+        if last and not rows:
+            self.processes.reduce([g.wte, g.wpe])
         self.micro_batches += 1
         self.pending = False
 

@@ -138,7 +138,14 @@ class Mpi(Processes):
         start = time.perf_counter()
         while self.begun:
             self.begun.pop(0).result()
-        self.times["waiting for them"] += time.perf_counter() - start
+        self.times["waiting for sums of gradients"] += time.perf_counter() - start
+
+    def together(self, array):
+        start = time.perf_counter()
+        out = np.empty((self.size * len(array), *array.shape[1:]), array.dtype)
+        self.begin(lambda: self.finish(self.comm.Iallgather(array, out))).result()
+        self.times["waiting for sums of gradients"] += time.perf_counter() - start
+        return out
 
     def moments(self, table):
         if not self.zero_stage:

@@ -28,6 +28,10 @@ class Processes:
     def wait(self):
         """Return when all that reduce() has begun is done."""
 
+    def together(self, array):
+        """The arrays of all processes, one below the other, when all that reduce() has begun is done"""
+        return array
+
     def moments(self, table):
         """The (name, shape) of the moments that this process has, for a table of parameter tensors: all of them. Where
         they are shared out, (layers, n). ValueError where so many processes cannot share them."""
