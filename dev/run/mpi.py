@@ -73,7 +73,7 @@ class Mpi(Processes):
         lines = [f"processes: {self.size} | on this machine: {self.local_size} | -z {self.zero_stage} | "
                  f"{self.library}"]
         cpus = os.cpu_count() or 1
-        if len(self.used_cpus) < cpus and "OMP_NUM_THREADS" not in os.environ:
+        if len(self.used_cpus) < cpus and not os.environ.get("OMP_NUM_THREADS"):
             lines += [f"{self.local_size} processes are bound to {len(self.used_cpus)} of {cpus} processors\n"
                       f"---> HINT: mpirun --bind-to none lets them use all, --map-by slot:PE={cpus // self.local_size} "
                       "divides them"]

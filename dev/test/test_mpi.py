@@ -16,6 +16,8 @@ from conftest import ROOT
 from runs import N as PARAMETERS
 from runs import contents
 
+from dev.run.flags import parse_flags
+from dev.run.machine import available_cpus
 from dev.run.processes import launched
 
 MPIRUN = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
@@ -142,6 +144,19 @@ def test_batch_sizes(run, flags):
     assert f"tokens: {3 * 2 * B * T}" in run(2, "-x 3")  # -d has a default
     error = run(3, f"-x 3 -d {4 * B * T}", status=None)
     assert f"not a multiple of the {3 * B * T} of a micro-batch of 3 processes" in error and f"-d {3 * B * T}" in error
+
+
+def test_threads(run):
+    """Processes that share processors divide them; where some lie idle, a line says what frees them."""
+    cpus = sorted(os.sched_getaffinity(0))
+    printed = run(2, "-x 0", OMP_NUM_THREADS="")
+    assert f"threads: {max(1, available_cpus() // 2)} " in printed
+    assert ("--bind-to none" in printed) == (len(cpus) < os.cpu_count())
+    own = run(2, "-x 0", f"os.sched_setaffinity(0, {{{cpus}[rank % {len(cpus)}]}})", OMP_NUM_THREADS="")
+    assert "threads: 1 " in own and ("bound to 2 of" in own) == (os.cpu_count() > 2)
+    shared = run(2, "-x 0", f"os.sched_setaffinity(0, {{{cpus[0]}}})", OMP_NUM_THREADS="")
+    assert "threads: 1 " in shared and ("2 processes are bound to 1 of" in shared) == (os.cpu_count() > 1)
+    assert "bound" not in run(2, "-x 0", f"os.sched_setaffinity(0, {{{cpus[0]}}})", OMP_NUM_THREADS="1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,6 +325,28 @@ def test_signal_to_one_process_stops_all(job, out, number):
     os.kill(pids[1], number)
     step = int(wait_for(process, "checkpoint of step").split()[3])
     assert process.wait(20) == 0 and (out / f"DONE_{step:08d}").exists()
+
+
+@pytest.mark.parametrize("script, launcher, arguments, number", [
+    ("mpirun_124M.sh", "mpirun", ["a,b,c"], 3), ("slurm_124M.sh", "srun", [], 4),
+])
+def test_recipes(tmp_path, monkeypatch, script, launcher, arguments, number):
+    fake = tmp_path / launcher
+    fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    fake.chmod(0o755)
+    for name, value in {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_NTASKS": "4", "SLURM_CPUS_ON_NODE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    path = ROOT / "dev/scripts/multi_node" / script
+    monkeypatch.setattr("dev.run.flags.launched", lambda: number)
+    # the project's own .venv comes first in the recipes' PATH, and may have an mpirun: so from a copy
+    copy = tmp_path / "dev/scripts/multi_node" / script
+    copy.parent.mkdir(parents=True)
+    shutil.copy(path, copy)
+    said = subprocess.run(["bash", str(copy), *arguments], capture_output=True, text=True, cwd=tmp_path, check=True)
+    words = said.stdout.splitlines()
+    flags = parse_flags(words[words.index("train_gpt2.py") + 1:])
+    assert abs(flags.total_batch_size / 524288 - 1) < 0.02 and flags.batch_size * flags.sequence_length == 4096
+    assert (flags.model, flags.num_processes, flags.resume, flags.checkpoint_every) == ("d12", number, 1, 50)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
