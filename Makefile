@@ -70,6 +70,6 @@ bench-gpu: .venv-gpu/ready  ## whole steps and kernels; ARGS=--torch puts compil
 	$(RUN) -m pip install -q pytest ruff
 	@touch $@
 
-.venv/dev: .venv/test dev/requirements.txt
-	$(RUN) -m pip install -q -r dev/requirements.txt
+.venv/dev: .venv/test dev/requirements.txt dev/run/requirements-mpi.txt
+	$(RUN) -m pip install -q -r dev/requirements.txt -r dev/run/requirements-mpi.txt
 	@touch $@

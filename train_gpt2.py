@@ -38,13 +38,13 @@ from numba.core import cgutils, event
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, save
-from dev.run.engine import DECAYED, Engine, Tensors, aligned, size_of
+from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, requests, save
+from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
 from dev.run.machine import peak_memory, require_memory, stop_on_signals, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
-from dev.run.processes import ALONE
+from dev.run.processes import ALONE, processes_of
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
 from dev.run.text import Sampler, Tokenizer, encode
@@ -57,7 +57,8 @@ from dev.run.text import Sampler, Tokenizer, encode
 
 # `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
-kernel = njit(parallel=True, cache=True, error_model="numpy", fastmath=FASTMATH)
+# Kernels run without Python's lock: a thread may sum gradients over MPI meanwhile.
+kernel = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=FASTMATH)
 inner = njit(cache=True, error_model="numpy", fastmath=FASTMATH)
 exact = njit(cache=True, error_model="numpy", fastmath=FASTMATH - {"reassoc"})  # where the order of a sum matters
 
@@ -785,7 +786,6 @@ def parameter_table(config):
     ]
 
 
-NO_LAYERS = ("wte", "wpe", "lnfw", "lnfb")  # the others have a part for each layer
 LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
                  "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
 
@@ -937,6 +937,7 @@ class GPT2(Engine):
         if precision not in (None, "fp32"):
             raise ValueError(f"no --precision {precision} on a CPU\n---> HINT: fp32 is what it computes with")
         start_threads(threads_of(processes))
+        self.moments = processes.moments(self.table)
         self.weights, self.recompute = weights, 1
         self.grads = self.m = self.v = self.acts = self.acts_key = None
         self.keys = self.values = None  # of the tokens that read() has read
@@ -967,6 +968,8 @@ class GPT2(Engine):
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
         plan = memory_plan(self.config, B, T, recompute, train)
+        if train:
+            plan["parameters"] -= 8 * (self.num_parameters - size_of(self.moments))
         require_memory(sum(plan.values()))
         start = time.perf_counter()
         load_kernels(run_kernels, self.processes)
@@ -995,7 +998,7 @@ class GPT2(Engine):
         self.acts, self.acts_key = Tensors(self.acts.memory, table), key
         if train and self.grads is None:
             self.grads = Tensors(aligned(self.num_parameters), self.table)
-            self.m, self.v = (Tensors(aligned(self.num_parameters, np.zeros), self.table) for _ in range(2))
+            self.m, self.v = (Tensors(aligned(size_of(self.moments), np.zeros), self.moments) for _ in range(2))
 
     def layer(self, l):
         """Layer l's activations: its part of the tensors in LAYER_TENSORS, some of which all layers share"""
@@ -1086,6 +1089,12 @@ class GPT2(Engine):
         dresidual.fill(0)
         inp = acts.residual3[-1]
         k.layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, inp, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
+        # wte has the classifier's part, which is summed meanwhile. The encoder's part follows as the rows of all
+        # processes, where they are fewer than those of wte: 124M's wte is a third of the model, and final at the end.
+        rows = self.processes.size * len(dresidual) <= len(g.wte)
+        if last:
+            early = [g.wte, g.wpe] if add else [g.wte]
+            self.processes.reduce([g.lnfw, g.lnfb] + (early if rows else []))
         for l in reversed(range(self.config.num_layers)):
             at = self.layer(l)
             inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # what LayerNorm 1 and 2 read
@@ -1107,9 +1116,12 @@ class GPT2(Engine):
             k.layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], *stats, add)
             if last:
                 self.processes.reduce([getattr(g, name)[l] for name, _ in self.table if name not in NO_LAYERS])
-        k.encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
-        if last:
-            self.processes.reduce([getattr(g, name) for name in NO_LAYERS])
+        inputs = self.inputs
+        if last and rows:
+            dresidual, inputs = self.processes.together(dresidual), self.processes.together(inputs)
+        k.encoder_backward(g.wte, g.wpe, dresidual, inputs, add)
+        if last and not rows:
+            self.processes.reduce([g.wte, g.wpe])
         self.micro_batches += 1
         self.pending = False
 
@@ -1126,10 +1138,16 @@ class GPT2(Engine):
         clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
         t = step + 1
         for name, _ in self.table:
-            p, g, m, v = (getattr(tensors, name).ravel() for tensors in (self.params, self.grads, self.m, self.v))
-            self.kernels.adamw_update(p, g, m, v, *(np.float32(x) for x in (
+            numbers = [np.float32(x) for x in (
                 learning_rate, beta1, beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t), eps,
-                weight_decay if name in DECAYED else 0, clip / (self.micro_batches * self.processes.size))))
+                weight_decay if name in DECAYED else 0, clip / (self.micro_batches * self.processes.size))]
+            p, g, m, v = (getattr(tensors, name) for tensors in (self.params, self.grads, self.m, self.v))
+            p, g = (x[None] if name in NO_LAYERS else x for x in (p, g))
+            shares = (list(m), list(v)) if self.processes.zero_stage else ([m], [v])
+            for piece in zip(self.processes.pieces(p), self.processes.pieces(g), *shares):
+                self.kernels.adamw_update(*(x.ravel() for x in piece), *numbers)
+            self.processes.gather(p)
+        self.processes.wait()
         self.micro_batches = 0
 
     def host(self, what):
@@ -1377,9 +1395,14 @@ def shuffle(items, random):
 # the training loop
 
 def validate(engine, loader, batches):
-    """The mean loss of the loader's first `batches` batches"""
+    """The mean loss of the loader's first `batches` batches, which the processes divide among them"""
     loader.reset()
-    return sum(float(engine.forward(*loader.next_batch(), train=False)) for _ in range(batches)) / batches
+    processes, losses = engine.processes, np.zeros(batches)
+    for batch in range(batches):
+        inputs, targets = loader.next_batch()
+        if batch % processes.size == processes.rank:
+            losses[batch] = engine.forward(inputs, targets, train=False)
+    return sum(processes.sum(losses).tolist()) / batches
 
 
 def train(flags, processes=ALONE):
@@ -1390,15 +1413,16 @@ def train(flags, processes=ALONE):
     report.program(engine)
 
     # the data, and what else can be wrong, before anything takes time or memory
-    ours = {"process_rank": processes.rank, "num_processes": processes.size, "vocab_size": engine.config.vocab_size}
-    val_loader = DataLoader(flags.input_val_bin, B, T, **ours)
-    overfit = bool(flags.overfit_single_batch)
-    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **ours)
+    overfit, known = bool(flags.overfit_single_batch), {"vocab_size": engine.config.vocab_size}
+    val_loader = DataLoader(flags.input_val_bin, B, T, **known)
+    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **known)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
     examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
     tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     prompt = encode(flags.prompt) or [min(tokenizer.eot_token, engine.config.vocab_size - 1)]  # another text's end
+    processes.agree(checkpoint=resume_step or 0, training_tokens=loader.num_tokens,
+                    validation_tokens=val_loader.num_tokens, examples=len(examples))
 
     # the model, and where it left off
     report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
@@ -1406,7 +1430,7 @@ def train(flags, processes=ALONE):
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
     if folder:
-        report.say(*open_output(flags, resume_step))
+        report.say(*open_output(flags, resume_step, processes))
     report.begin(run, steps, tokenizer)
     stop = stop_on_signals()
 
@@ -1428,9 +1452,11 @@ def train(flags, processes=ALONE):
                 report.sample(engine, tokenizer, sampler, prompt)
 
             # once in a while write a checkpoint
-            if folder and (due(flags.checkpoint_every) and begun or stop.requested and step != resume_step):
+            stopping, saving = requests(folder, stop, processes)
+            if folder and (due(flags.checkpoint_every) and begun or (stopping or saving) and step != resume_step):
                 report.checkpoint(step, save(flags, run))
-            if step >= steps or stop.requested:
+                stopping = processes.any(stop.requested or stopping)
+            if step >= steps or stopping:
                 break
 
             # a training step
@@ -1439,10 +1465,12 @@ def train(flags, processes=ALONE):
                 loader.reset()
             losses = []
             for micro_batch in range(flags.micro_batches):
-                losses.append(engine.forward(*loader.next_batch()))
+                # all processes go through the same batches and take turns: their number does not change the run
+                batches = [loader.next_batch() for _ in range(processes.size)]
+                losses.append(engine.forward(*batches[processes.rank]))
                 engine.backward(last=micro_batch == flags.micro_batches - 1)
-            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             norm = engine.grad_norm()
+            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             require_finite(step, loss, norm)
             learning_rate = scheduled_learning_rate(flags, step, steps)
             skip = run.outliers.far(loss, norm)
@@ -1457,14 +1485,16 @@ def train(flags, processes=ALONE):
 
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
+    processes = ALONE
     try:
-        train(parse_flags(argv))
+        flags = parse_flags(argv)
+        processes = processes_of(flags)
+        train(flags, processes)
+        processes.close()
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return processes.fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return processes.fail("stopped", 130)
     return 0
 
 

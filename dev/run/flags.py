@@ -4,6 +4,8 @@ The trainer's command line.
 import argparse
 import math
 
+from dev.run.processes import launched
+
 # the flags that are an engine's options, by its device: others are ignored there
 OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
 
@@ -33,7 +35,8 @@ def parse_flags(argv):
     # batch
     flag("-b --batch_size", 4, "sequences in a micro-batch", least=1)
     flag("-t --sequence_length", 64, "tokens in a sequence", least=1)
-    flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t means gradient accumulation", int)
+    flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t of every process means gradient "
+         "accumulation", int)
     # optimisation
     flag("-x --num_iterations", 40, "steps, -1 = one epoch", least=-1)
     flag("-k --lr_scheduler", "cosine", "learning rate schedule", choices=("cosine", "linear", "constant", "wsd"))
@@ -69,7 +72,10 @@ def parse_flags(argv):
     flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
     flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
-    ignored = ["-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
+    # several processes
+    flag("-pn --num_processes", launched(), "processes, which mpirun or srun starts", least=1)
+    flag("-z --zero_stage", 0, "1: processes share AdamW's moments out", choices=(0, 1))
+    ignored = ["-w", "-ge", "-lg", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
@@ -86,10 +92,12 @@ def parse_flags(argv):
         raise ValueError("-m 0 leaves nothing to estimate\n---> HINT: -v 0 turns validation off")
     if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
         raise ValueError("checkpoints need a folder\n---> HINT: name one with -o")
-    tokens = flags.batch_size * flags.sequence_length
+    tokens = flags.batch_size * flags.sequence_length * flags.num_processes
     flags.total_batch_size = flags.total_batch_size or tokens
     flags.micro_batches = flags.total_batch_size // tokens
     if flags.total_batch_size % tokens:
+        of_all = f" of {flags.num_processes} processes" if flags.num_processes > 1 else ""
+        fits = max(1, round(flags.total_batch_size / tokens)) * tokens
         raise ValueError(f"a total batch of {flags.total_batch_size:,} tokens is not a multiple of the {tokens:,} of a "
-                         f"micro-batch\n---> HINT: use -d {max(1, round(flags.total_batch_size / tokens)) * tokens}")
+                         f"micro-batch{of_all}\n---> HINT: use -d {fits}")
     return flags

@@ -8,9 +8,14 @@ import sys
 from types import SimpleNamespace
 
 
+def allowed_cpus():
+    """The set of processors that this process may run on"""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def available_cpus():
     """The number of processors that this process may use: its affinity, cut to the quota of its cgroup."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(allowed_cpus())
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
             quota, period = file.read().split()
@@ -22,7 +27,7 @@ def available_cpus():
 def threads_of(processes):
     """The threads that this process should use: OMP_NUM_THREADS, or its part of the processors of its machine"""
     wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(wish) if wish else max(1, available_cpus() // processes.local_size)
+    return int(wish) if wish else max(1, available_cpus() // processes.sharers)
 
 
 def available_memory():
@@ -60,14 +65,20 @@ def peak_memory():
 
 
 def stop_on_signals():
-    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
-    stop = SimpleNamespace(requested=False)
+    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once. Its
+    `checkpoint` becomes true at SIGUSR1, which asks for one and not for an end."""
+    stop = SimpleNamespace(requested=False, checkpoint=False)
 
     def request(number, frame):
         if stop.requested:
             sys.exit(130)
         stop.requested = True
         os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() may be at work on its buffer
+
+    def ask(number, frame):
+        stop.checkpoint = True
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, ask)
     return stop

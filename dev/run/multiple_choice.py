@@ -51,12 +51,13 @@ def answer(engine, context, completions):
 
 
 def score(engine, examples, progress=lambda done: None):
-    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly"""
-    correct = 0
-    for done, (context, completions, label) in enumerate(examples):
+    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly. The processes
+    divide them among them; progress() is told how many this one has done."""
+    correct, processes = 0, engine.processes
+    for done, (context, completions, label) in enumerate(examples[processes.rank::processes.size]):
         progress(done)
         correct += answer(engine, context, completions) == label
-    return correct, len(examples)
+    return processes.sum(correct), len(examples)
 
 
 def accuracy(correct, count):

@@ -39,7 +39,8 @@ class Report:
 
     def program(self, engine):
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("NumPy", "Numba"))
-        self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe())
+        self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe(),
+                 *self.processes.describe())
         if self.flags.ignored:
             where = {"cpu": "a CPU", "cuda": "a GPU"}[self.flags.device]
             self.say(f"ignored, since they mean nothing on {where}: {' '.join(self.flags.ignored)}")
@@ -65,7 +66,8 @@ class Report:
             self.say(f"resuming from step {run.step}")
         attention = 6 * config.num_layers * config.channels * flags.sequence_length
         self.flops = flags.total_batch_size * (6 * run.engine.num_parameters + attention)
-        self.last_step, self.peak, self.start = last_step, run.engine.peak(), time.perf_counter()
+        self.peak = self.processes.sum(run.engine.peak())
+        self.last_step, self.start = last_step, time.perf_counter()
 
     # once in a while
 
@@ -80,7 +82,9 @@ class Report:
         self.write_log(f"s:{step} eval:{share:.4f}")
 
     def sample(self, engine, tokenizer, sampler, prompt):
-        """Draw a text and print it as it comes."""
+        """Draw a text and print it as it comes, in the first process."""
+        if self.processes.rank > 0:
+            return
         self.say("generating:\n---")
         tokenizer.reset()
         for token in generate(engine, sampler, prompt, self.flags.gen_tokens - 1):
@@ -131,5 +135,6 @@ class Report:
                      f"tokens per second: {self.flags.total_batch_size / mean:.0f}",
                      f"MFU: {100 * self.flops / mean / self.peak:.1f}%",
                      f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+        self.kernels.update(self.processes.times if self.flags.profile else {})
         for name, seconds in self.kernels.most_common():
             self.say(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
