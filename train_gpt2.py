@@ -1292,8 +1292,8 @@ class DataLoader:
     the samples of each shard in a random order. Shards are memory-mapped, may have any size, and one that is too small
     for a batch is passed over.
 
-    pattern: a file name, or a glob pattern; a path or folder that exists is taken literally. vocab_size: a token beyond it is an error. Raises FileNotFoundError where
-    nothing matches, ValueError where a file is damaged or there is not enough data for one batch.
+    pattern: a file name, or a glob pattern; what exists is taken literally. vocab_size: a token beyond it is an error.
+    Raises FileNotFoundError where nothing matches, ValueError for a damaged file or too little data for one batch.
     """
 
     def __init__(self, pattern, B, T, process_rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
