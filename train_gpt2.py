@@ -38,16 +38,19 @@ from numba.core import cgutils, event
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, save
+from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
+from dev.run.console import open_console, say
 from dev.run.engine import DECAYED, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
-from dev.run.machine import peak_memory, require_memory, stop_on_signals, threads_of
+from dev.run.folder import Output, own_folder
+from dev.run.machine import peak_memory, require_memory, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
 from dev.run.processes import ALONE
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
-from dev.run.text import Sampler, Tokenizer, encode
+from dev.run.stop import Stop
+from dev.run.text import Sampler, Tokenizer, encode, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -1375,9 +1378,10 @@ def shuffle(items, random):
 # the training loop
 
 def validate(engine, loader, batches):
-    """The mean loss of the loader's first `batches` batches"""
+    """The mean loss of the loader's first batches, one for each item of `batches`"""
     loader.reset()
-    return sum(float(engine.forward(*loader.next_batch(), train=False)) for _ in range(batches)) / batches
+    losses = [float(engine.forward(*loader.next_batch(), train=False)) for _ in batches]
+    return sum(losses) / len(losses)
 
 
 def train(flags, processes=ALONE):
@@ -1400,34 +1404,31 @@ def train(flags, processes=ALONE):
 
     # the model, and where it left off
     report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
-    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz))
+    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.model)
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
-    if folder:
-        report.say(*open_output(flags, resume_step))
-    report.begin(run, steps, tokenizer)
-    stop = stop_on_signals()
+    output, stop = Output(flags, run), Stop()
+    report.begin(run, steps, tokenizer, output)
 
     def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
-        return every and (run.step % every == 0 or run.step >= steps) and run.step != resume_step
+        return every and (run.step % every == 0 or run.step >= steps) and run.resumed != (run.step, True)
 
     with report.profile(engine):
         for step in range(run.step, max(steps, run.step) + 1):
             run.step, begun = step, step > 0 or steps == 0
 
-            # once in a while estimate the validation loss, and HellaSwag's accuracy
-            if due(flags.val_loss_every):
-                report.validation(step, validate(engine, val_loader, val_batches))
-                if examples:
-                    report.hellaswag(step, *score(engine, examples))
-
-            # once in a while draw a text from the model
-            if due(flags.sample_every) and begun:
-                report.sample(engine, tokenizer, sampler, prompt)
+            # once in a while estimate the validation loss, and HellaSwag's accuracy; draw a text from the model
+            with run.look():
+                if due(flags.val_loss_every):
+                    report.validation(step, validate(engine, val_loader, stop.during(range(val_batches))))
+                    if examples:
+                        report.hellaswag(step, *score(engine, stop.during(examples)))
+                if due(flags.sample_every) and begun:
+                    report.sample(tokenizer, stop.during(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
 
             # once in a while write a checkpoint
-            if folder and (due(flags.checkpoint_every) and begun or stop.requested and step != resume_step):
-                report.checkpoint(step, save(flags, run))
+            if folder and (stop.asked() and output.wanted() or due(flags.checkpoint_every) and begun):
+                report.checkpoint(step, output.save())
             if step >= steps or stop.requested:
                 break
 
@@ -1449,19 +1450,25 @@ def train(flags, processes=ALONE):
             else:
                 engine.update(step, learning_rate, norm=norm, grad_clip=flags.grad_clip, beta1=flags.beta1,
                               beta2=flags.beta2, eps=flags.eps, weight_decay=flags.weight_decay)
+            output.begin()
             report.step(step, loss, norm, learning_rate, run.outliers if skip else None)
+    if run.step >= steps:
+        output.begin()  # where there was no step
     report.end()
 
 
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
+    open_console()
     try:
-        train(parse_flags(argv))
+        flags = parse_flags(argv)
+        with own_folder(flags):
+            train(flags)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped", error=True)
         return 130
     return 0
 

@@ -51,12 +51,13 @@ def answer(engine, context, completions):
 
 
 def score(engine, examples, progress=lambda done: None):
-    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly"""
-    correct = 0
-    for done, (context, completions, label) in enumerate(examples):
-        progress(done)
+    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly, and of how many"""
+    correct = count = 0
+    for context, completions, label in examples:
+        progress(count)
         correct += answer(engine, context, completions) == label
-    return correct, len(examples)
+        count += 1
+    return correct, count
 
 
 def accuracy(correct, count):

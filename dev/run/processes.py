@@ -5,6 +5,8 @@ at once. The loop and the engines therefore need not ask how many there are.
 import contextlib
 import sys
 
+from dev.run.console import say
+
 
 class Processes:
     """All processes of a run, seen from one of them. local_rank counts those of the same machine."""
@@ -44,9 +46,9 @@ class Processes:
         yield
 
     def print(self, *values, **options):
-        """print() in the first process, flushed"""
+        """print() in the first process, see say()"""
         if self.rank == 0:
-            print(*values, **{"flush": True, **options})
+            say(*values, **options)
 
     def abort(self, status):
         """End all processes now."""

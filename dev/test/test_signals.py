@@ -8,6 +8,7 @@ from null_engine import NullEngine
 from runs import complete, contents, interrupt
 
 import train_gpt2
+from dev.run.folder import Output
 from dev.run.report import Report
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Unix only")
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Unix only")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("owner, name, call, step", [
     (NullEngine, "backward", 8, 4), (NullEngine, "backward", 1, 1), (train_gpt2, "validate", 2, 5),
-    (Report, "sample", 1, 3), (os, "replace", 2, 4), (Report, "write_log", 1, 0), (NullEngine, "backward", 24, 12),
+    (Report, "sample", 1, 3), (os, "replace", 2, 4), (Output, "log", 1, 0), (NullEngine, "backward", 24, 12),
 ])
 def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owner, name, call, step):
     run = "-x 12 -v 5 -s 3 -g 3 -d 32 -n 4"

@@ -1,0 +1,53 @@
+"""
+Signals: what they ask a run for, and how what takes long is cut short.
+"""
+import contextlib
+import os
+import signal
+import sys
+
+
+class CutShort(Exception):
+    """A stop was requested while something was under way that can be done again."""
+
+
+class Stop:
+    """What signals have asked for since it was made
+
+    requested: to stop, by Ctrl-C, SIGTERM or SIGHUP (the terminal is closed). Ctrl-C or SIGTERM once more ends the
+    program at once. checkpoint: for a checkpoint, by these or by SIGUSR1 (Slurm's warning), after which a run goes on.
+    """
+
+    def __init__(self):
+        self.requested = self.checkpoint = False
+        for name, act in (("SIGINT", self.end), ("SIGTERM", self.end), ("SIGHUP", self.end), ("SIGUSR1", self.warn)):
+            number = getattr(signal, name, None)  # Windows has only two of them
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+                signal.signal(number, act)
+
+    def end(self, number, frame):
+        hangup = number == getattr(signal, "SIGHUP", None)  # which a shell repeats for its jobs
+        if self.requested and not hangup:
+            sys.exit(130)
+        if not self.requested:
+            with contextlib.suppress(OSError):  # nobody may be there to read it; print() may be at work on its buffer
+                os.write(2, b"\nstopping after this step (once more: at once)\n")
+        self.requested = self.checkpoint = True
+
+    def warn(self, number, frame):
+        self.checkpoint = True
+
+    def asked(self):
+        """Has a checkpoint been asked for since the last call?"""
+        asked, self.checkpoint = self.checkpoint, False
+        return asked
+
+    def during(self, items):
+        """The items, one after another. Raises CutShort instead of the next one, or of the end, where a stop has been
+        requested."""
+        for item in items:
+            if self.requested:
+                break
+            yield item
+        if self.requested:
+            raise CutShort
