@@ -1407,8 +1407,13 @@ def train(flags, processes=ALONE):
     run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.model)
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
-    output, stop = Output(flags, run), Stop()
+    output = Output(flags, run)
     report.begin(run, steps, tokenizer, output)
+
+    def checkpoint(due):
+        if folder and (stop.asked() and output.wanted() or due):
+            report.checkpoint(run.step, output.save())
+    stop = Stop(checkpoint)
 
     def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
         return every and (run.step % every == 0 or run.step >= steps) and run.resumed != (run.step, True)
@@ -1427,8 +1432,7 @@ def train(flags, processes=ALONE):
                     report.sample(tokenizer, stop.during(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
 
             # once in a while write a checkpoint
-            if folder and (stop.asked() and output.wanted() or due(flags.checkpoint_every) and begun):
-                report.checkpoint(step, output.save())
+            checkpoint(due(flags.checkpoint_every) and begun)
             if step >= steps or stop.requested:
                 break
 
@@ -1465,10 +1469,10 @@ def main(argv=None):
         with own_folder(flags):
             train(flags)
     except (ValueError, OSError, MemoryError) as error:
-        say(f"error: {error}", error=True)
+        say(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("stopped", error=True)
+        say("stopped", file=sys.stderr)
         return 130
     return 0
 

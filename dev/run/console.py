@@ -20,16 +20,16 @@ def open_console():
             stream.reconfigure(errors="replace")
 
 
-def say(*values, error=False, **options):
-    """print(), flushed, on standard output or on standard error. Where nobody reads that any more (a closed pipe or
+def say(*values, file=None, **options):
+    """print(), flushed. Where nobody reads that any more (a closed pipe or
     terminal), or it has no room (a full disk), all that follows is lost without a word."""
-    stream = sys.stderr if error else sys.stdout
+    file = file or sys.stdout
     try:
-        print(*values, **{"flush": True, "file": stream, **options})
+        print(*values, **{"flush": True, "file": file, **options})
     except BlockingIOError:  # a terminal or a pipe that others have set not to wait for its reader
-        os.set_blocking(stream.fileno(), True)
+        os.set_blocking(file.fileno(), True)
     except (OSError, ValueError):  # ValueError: closed
-        lose(stream)
+        lose(file)
 
 
 def lose(stream):
@@ -38,5 +38,5 @@ def lose(stream):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-    except (OSError, ValueError):  # no file of the system, or closed
+    except (AttributeError, OSError, ValueError):  # no file of the system, or closed
         pass

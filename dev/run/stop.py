@@ -16,10 +16,11 @@ class Stop:
 
     requested: to stop, by Ctrl-C, SIGTERM or SIGHUP (the terminal is closed). Ctrl-C or SIGTERM once more ends the
     program at once. checkpoint: for a checkpoint, by these or by SIGUSR1 (Slurm's warning), after which a run goes on.
+    write(due): writes a checkpoint if it is due or asked for
     """
 
-    def __init__(self):
-        self.requested = self.checkpoint = False
+    def __init__(self, write):
+        self.requested, self.checkpoint, self.write = False, False, write
         for name, act in (("SIGINT", self.end), ("SIGTERM", self.end), ("SIGHUP", self.end), ("SIGUSR1", self.warn)):
             number = getattr(signal, name, None)  # Windows has only two of them
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
@@ -43,11 +44,13 @@ class Stop:
         return asked
 
     def during(self, items):
-        """The items, one after another. Raises CutShort instead of the next one, or of the end, where a stop has been
-        requested."""
+        """The items, one after another, with a checkpoint in between where one has been asked for. Raises CutShort
+        instead of the next one, or of the end, where a stop has been requested."""
         for item in items:
             if self.requested:
                 break
+            if self.checkpoint:
+                self.write(False)
             yield item
         if self.requested:
             raise CutShort

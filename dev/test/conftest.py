@@ -87,12 +87,12 @@ def tiny():
 
 @pytest.fixture
 def python():
-    """python(*args, **env): start Python as a user would in the project's folder; returns the Popen object."""
+    """python(*args, cwd, **env): start Python as a user would, in the project's folder; returns the Popen object."""
     processes = []
 
-    def python(*args, **env):
+    def python(*args, cwd=ROOT, **env):
         inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-        process = subprocess.Popen([sys.executable, *map(str, args)], text=True, cwd=ROOT, env={**inherited, **env},
+        process = subprocess.Popen([sys.executable, *map(str, args)], text=True, cwd=cwd, env={**inherited, **env},
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         processes.append(process)
         return process
