@@ -1377,6 +1377,9 @@ def shuffle(items, random):
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
 
+NO_DATA = SimpleNamespace(num_tokens=0, num_batches=0)  # without validation no -j is needed
+
+
 def validate(engine, loader, batches):
     """The mean loss of the loader's first batches, one for each item of `batches`"""
     loader.reset()
@@ -1393,7 +1396,7 @@ def train(flags, processes=ALONE):
 
     # the data, and what else can be wrong, before anything takes time or memory
     ours = {"process_rank": processes.rank, "num_processes": processes.size, "vocab_size": engine.config.vocab_size}
-    val_loader = DataLoader(flags.input_val_bin, B, T, **ours)
+    val_loader = DataLoader(flags.input_val_bin, B, T, **ours) if flags.val_loss_every else NO_DATA
     overfit = bool(flags.overfit_single_batch)
     loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **ours)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations

@@ -51,5 +51,5 @@ def test_processes_take_turns_at_the_data(flags, monkeypatch):
             loaders.append(self)
     monkeypatch.setattr(train_gpt2, "GPT2", NullEngine)
     monkeypatch.setattr(train_gpt2, "DataLoader", Loader)
-    train_gpt2.train(parse_flags(flags("-x 1")), Second())
+    train_gpt2.train(parse_flags(flags("-x 1 -v 1")), Second())
     assert [(loader.rank, loader.processes) for loader in loaders] == [(1, 2), (1, 2)]
