@@ -38,16 +38,19 @@ from numba.core import cgutils, event
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, requests, save
+from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, requests
+from dev.run.console import open_console
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
-from dev.run.machine import peak_memory, require_memory, stop_on_signals, threads_of
+from dev.run.folder import Output, own_folder
+from dev.run.machine import peak_memory, require_memory, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
 from dev.run.processes import ALONE, processes_of
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
-from dev.run.text import Sampler, Tokenizer, encode
+from dev.run.stop import Stop
+from dev.run.text import Sampler, Tokenizer, encode, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -1394,15 +1397,17 @@ def shuffle(items, random):
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
 
+NO_DATA = SimpleNamespace(num_tokens=0, num_batches=0)  # without validation no -j is needed
+
+
 def validate(engine, loader, batches):
-    """The mean loss of the loader's first `batches` batches, which the processes divide among them"""
+    """The mean loss of the loader's first batches, one for each item of `batches`; the processes divide them"""
     loader.reset()
-    processes, losses = engine.processes, np.zeros(batches)
-    for batch in range(batches):
-        inputs, targets = loader.next_batch()
-        if batch % processes.size == processes.rank:
-            losses[batch] = engine.forward(inputs, targets, train=False)
-    return sum(processes.sum(losses).tolist()) / batches
+    processes, losses = engine.processes, []
+    for inputs, targets in (loader.next_batch() for _ in batches):
+        ours = len(losses) % processes.size == processes.rank
+        losses.append(float(engine.forward(inputs, targets, train=False)) if ours else 0.0)
+    return sum(processes.sum(np.array(losses)).tolist()) / len(losses)
 
 
 def train(flags, processes=ALONE):
@@ -1414,7 +1419,7 @@ def train(flags, processes=ALONE):
 
     # the data, and what else can be wrong, before anything takes time or memory
     overfit, known = bool(flags.overfit_single_batch), {"vocab_size": engine.config.vocab_size}
-    val_loader = DataLoader(flags.input_val_bin, B, T, **known)
+    val_loader = DataLoader(flags.input_val_bin, B, T, **known) if flags.val_loss_every else NO_DATA
     loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **known)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
@@ -1426,36 +1431,37 @@ def train(flags, processes=ALONE):
 
     # the model, and where it left off
     report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
-    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz))
+    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.model)
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
-    if folder:
-        report.say(*open_output(flags, resume_step, processes))
-    report.begin(run, steps, tokenizer)
-    stop = stop_on_signals()
+    report.begin(run, steps, tokenizer, output := Output(flags, run))
+
+    def checkpoint(due=False):  # if it is due or has been asked for. Has a stop been asked for?
+        stopping, saving = requests(folder, stop, processes)
+        if folder and ((stopping or saving) and output.wanted() or due):
+            report.checkpoint(run.step, output.save())
+            stopping = processes.any(stop.requested or stopping)
+        return stopping
+    stop = Stop(checkpoint, processes.size == 1)
 
     def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
-        return every and (run.step % every == 0 or run.step >= steps) and run.step != resume_step
+        return every and (run.step % every == 0 or run.step >= steps) and run.resumed != (run.step, True)
 
     with report.profile(engine):
         for step in range(run.step, max(steps, run.step) + 1):
             run.step, begun = step, step > 0 or steps == 0
 
-            # once in a while estimate the validation loss, and HellaSwag's accuracy
-            if due(flags.val_loss_every):
-                report.validation(step, validate(engine, val_loader, val_batches))
-                if examples:
-                    report.hellaswag(step, *score(engine, examples))
-
-            # once in a while draw a text from the model
-            if due(flags.sample_every) and begun:
-                report.sample(engine, tokenizer, sampler, prompt)
+            # once in a while estimate the validation loss, and HellaSwag's accuracy; draw a text from the model
+            with run.look():
+                if due(flags.val_loss_every):
+                    report.validation(step, validate(engine, val_loader, stop.during(range(val_batches))))
+                    if examples:
+                        report.hellaswag(step, *score(engine, stop.during(examples)))
+                if due(flags.sample_every) and begun:
+                    report.sample(tokenizer, stop.during(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
 
             # once in a while write a checkpoint
-            stopping, saving = requests(folder, stop, processes)
-            if folder and (due(flags.checkpoint_every) and begun or (stopping or saving) and step != resume_step):
-                report.checkpoint(step, save(flags, run))
-                stopping = processes.any(stop.requested or stopping)
+            stopping = checkpoint(due(flags.checkpoint_every) and begun)
             if step >= steps or stopping:
                 break
 
@@ -1479,17 +1485,22 @@ def train(flags, processes=ALONE):
             else:
                 engine.update(step, learning_rate, norm=norm, grad_clip=flags.grad_clip, beta1=flags.beta1,
                               beta2=flags.beta2, eps=flags.eps, weight_decay=flags.weight_decay)
+            output.begin()
             report.step(step, loss, norm, learning_rate, run.outliers if skip else None)
+    if run.step >= steps:
+        output.begin()  # where there was no step
     report.end()
 
 
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
+    open_console()
     processes = ALONE
     try:
         flags = parse_flags(argv)
         processes = processes_of(flags)
-        train(flags, processes)
+        with own_folder(flags, processes):
+            train(flags, processes)
         processes.close()
     except (ValueError, OSError, MemoryError) as error:
         return processes.fail(f"error: {error}", 1)

@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+from dev.run.console import open_console
+
 DATA = Path(__file__).resolve().parents[2] / "data"  # where the scripts put what they make
 
 
 def run(main):
     """Call main(); bad input, a full disk, a dead network: one line on standard error, exit status 1."""
+    open_console()
     try:
         main()
     except KeyboardInterrupt:

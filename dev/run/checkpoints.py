@@ -1,12 +1,14 @@
 """
-The output folder of a run: main.log, and checkpoints from which it goes on as if it had never stopped.
+Checkpoints, from which a run goes on as if it had never stopped.
 
 A checkpoint is model_*.bin, state_*.bin (AdamW's moments, where the data loader is) and DONE_*, in llm.c's formats, and
 run_*.json, which is ours. DONE_* is written last and removed first: where it is, all are complete. Of several
 processes the first writes them; the others write a state_*.bin each.
 """
+import contextlib
 import glob
 import json
+import math
 import os
 import re
 import time
@@ -16,8 +18,8 @@ import numpy as np
 
 from dev.run.engine import Engine
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, STATE_MAGIC, read_header, sync_folder, write_file
-from dev.run.processes import ALONE
 from dev.run.schedule import Outliers
+from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
 
@@ -28,7 +30,19 @@ class Run:
     loader: object  # train_gpt2.DataLoader
     sampler: Sampler
     outliers: Outliers
+    model: str          # the flag -e with which it began
     step: int = 0
+    coins: int = None   # while validation and samples of this step are not over: the sampler's state before them
+    resumed: tuple = None  # the step of the checkpoint that it goes on from, and whether they were over there
+
+    @contextlib.contextmanager
+    def look(self):
+        """A context for the validation and the samples of a step, which may be cut short: then a run that goes on from
+        this step begins them again."""
+        self.coins = self.sampler.state
+        with contextlib.suppress(CutShort):
+            yield
+            self.coins = None
 
 
 def checkpoint_files(folder, step, rank=0):
@@ -44,9 +58,19 @@ def complete_checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """(step, path of the weights) of the newest complete checkpoint, (None, None) where there is none"""
+    """(step, path of the weights) of the newest complete checkpoint, (None, None) where there is none. ValueError where
+    it is not complete, whatever its DONE says"""
     steps = complete_checkpoints(folder)
-    return (steps[-1], checkpoint_files(folder, steps[-1])[1]) if steps else (None, None)
+    if not steps:
+        return None, None
+    done, *paths = checkpoint_files(folder, steps[-1])
+    for path in paths[:2]:
+        if not os.path.isfile(path):
+            before = f"from step {steps[-2]}" if len(steps) > 1 else "anew"
+            raise ValueError(f"{path} is missing, a part of the checkpoint of step {steps[-1]}\n---> HINT: bring it back,"
+                             " "
+                             f"or remove {done}: then -y 1 goes on {before}")
+    return steps[-1], paths[0]
 
 
 def write_model(path, engine):
@@ -66,11 +90,14 @@ def write_run_checkpoint(folder, run):
         write_model(model_path, engine)
     header[:6] = STATE_MAGIC, 1, processes.size, processes.rank, 0, "generator" in state  # 0: no copy of the weights
     header[10] = run.step
-    header[20:24].view(np.uint64)[:] = run.sampler.state
+    header[20:24].view(np.uint64)[:] = run.sampler.state if run.coins is None else run.coins
     header[30:34].view(np.uint64)[:] = state["shard_index"], state["sample_index"]
     write_file(state_path, header, engine.host("m").memory, engine.host("v").memory, *pack_order(state))
     more = {"tokens_per_batch": run.loader.B * run.loader.T, "shard_tokens": run.loader.shard_tokens,
-            "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage}
+            "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage,
+            "model": run.model}
+    if run.coins is not None:
+        more["coins"] = run.coins
     processes.any(False)  # every process has written its state
     if processes.rank == 0:
         write_file(run_path, np.frombuffer(json.dumps(more).encode(), np.uint8))
@@ -121,9 +148,10 @@ def choose_state(folder, step, saved_stage, processes):
 def read_run_checkpoint(folder, step, run):
     """Restore all that write_run_checkpoint saved but the weights. ValueError where it is damaged or does not fit."""
     engine, loader, processes = run.engine, run.loader, run.engine.processes
-    run_path = checkpoint_files(folder, step)[3]
+    done, model_path, _, run_path = checkpoint_files(folder, step)
     data = loader.B * loader.T, loader.shard_tokens
-    found, windows, stage = read_run_json(run_path, data, processes.zero_stage)
+    found, more = read_run_json(run_path, data)
+    stage = more.get("zero_stage", processes.zero_stage)
     fit = "---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or start anew with -y 0"
     state_path = choose_state(folder, step, stage, processes)
     with open(state_path, "rb") as file:
@@ -148,22 +176,31 @@ def read_run_checkpoint(folder, step, run):
         loader.restore(state | (unpack_order(order, len(loader.files)) if order else {}))
     except ValueError as error:
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
-    run.sampler.state = int(header[20:22].view(np.uint64)[0])
-    for window, old in zip(run.outliers.windows, windows):
+    require_sound(run, f"{model_path}, {state_path}", f"---> HINT: remove {done}: then -y 1 goes on from before it")
+    run.sampler.state = more.get("coins", int(header[20:22].view(np.uint64)[0]))
+    for window, old in zip(run.outliers.windows, more["windows"]):
         window.extend(old)
-    run.step = step
+    run.model = more.get("model", run.model)
+    run.step, run.resumed = step, (step, "coins" not in more)
 
 
-def read_run_json(path, data, stage):
-    """(tokens in a batch, tokens of the shards), windows, the -z of a run_*.json; `data`, `stage` and no windows
-    without the file"""
+def require_sound(run, where, hint):
+    """ValueError where a weight or a moment is not a finite number"""
+    for what in ("params", "m", "v"):
+        memory = run.engine.host(what).memory
+        if memory.size and not math.isfinite(float(memory.min()) - float(memory.max())):
+            raise ValueError(f"{where}: not all of {what} are finite numbers: training has diverged\n{hint}")
+
+
+def read_run_json(path, data):
+    """(tokens in a batch, tokens of the shards), all that a run_*.json holds; `data` and no windows without the file"""
     if not os.path.exists(path):  # a checkpoint of llm.c has none
-        return data, [], stage
+        return data, {"windows": []}
     try:
         with open(path) as file:
             run = json.load(file)
-        windows = [[float(value) for value in window] for window in run["windows"]]
-        return (run["tokens_per_batch"], run["shard_tokens"]), windows, run.get("zero_stage", 0)
+        run["windows"] = [[float(value) for value in window] for window in run["windows"]]
+        return (run["tokens_per_batch"], run["shard_tokens"]), {"zero_stage": 0} | run
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds: "
                          "the last 128 losses and gradient norms") from error
@@ -177,13 +214,17 @@ def requests(folder, stop, processes):
     if found:
         processes.print(f"found {path}: stopping")
         os.unlink(path)
+    stop.requested |= found
     checkpoint, stop.checkpoint = stop.checkpoint, False
-    return processes.sum(np.array([stop.requested or found, checkpoint], np.int64)) > 0
+    return processes.sum(np.array([stop.requested, checkpoint], np.int64)) > 0
 
 
 def save(flags, run):
-    """Write a checkpoint; when it is complete, remove those that are too old. Returns the seconds that it took."""
+    """Write a checkpoint; when it is complete, remove those that are too old. Returns the seconds that it took.
+    ValueError, and nothing is written or removed, where the weights are no numbers any more."""
     start = time.perf_counter()
+    require_sound(run, f"step {run.step}", "---> HINT: use a smaller learning rate (-l), or --grad_clip 1; no "
+                  "checkpoint is written, those before are as they were")
     first = run.engine.processes.rank == 0
     if first:
         with open(os.path.join(flags.output_dir, "main.log"), "a") as log:
@@ -210,38 +251,3 @@ def remove_old_checkpoints(folder, keep, major_every):
             if os.path.exists(path):
                 os.unlink(path)
                 sync_folder(folder)
-
-
-def open_output(flags, resume_step, processes=ALONE):
-    """Make the output folder fit for a run: without leftovers of one that was killed, or ended and is not resumed.
-    The first process does. Returns lines that say what happened."""
-    folder, lines = flags.output_dir, []
-    if processes.rank > 0:
-        return lines
-    os.makedirs(folder, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-        os.unlink(path)
-    steps = complete_checkpoints(folder)
-    if flags.resume and not steps:
-        lines = [f"no complete checkpoint in {folder}: starting from {flags.model}"]
-    elif resume_step is None and steps:
-        lines = [f"starting anew in {folder}: checkpoints of steps {steps[0]} to {steps[-1]} are overwritten"]
-        for step in steps:
-            os.unlink(checkpoint_files(folder, step)[0])  # without DONE it is none
-    else:
-        remove_old_checkpoints(folder, flags.checkpoints_keep, flags.major_checkpoint_every)
-    begin_log(folder, resume_step)
-    return lines
-
-
-def begin_log(folder, resume_step):
-    """Begin main.log, in llm.c's format. Of a run that is resumed, those lines stay that its checkpoint knows."""
-    path, lines = os.path.join(folder, "main.log"), []
-
-    def known(line):  # at the checkpoint's step, validation came before it, training after
-        match = re.match(r"s:(\d+) (\w+):.*\n", line)
-        return match and (int(match[1]), match[2] == "trl") < (resume_step, True)
-    if resume_step is not None and os.path.exists(path):
-        with open(path) as file:
-            lines = filter(known, file.readlines())
-    write_file(path, np.frombuffer("".join(lines).encode(), np.uint8))

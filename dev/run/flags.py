@@ -32,6 +32,7 @@ def parse_flags(argv):
     flag("-nk --checkpoints_keep", 0, "keep the newest so many, 0 = all")
     flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
     flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
+    flag("--overwrite", 0, "1: begin anew in a folder -o that holds a run, and remove that", choices=(0, 1))
     # batch
     flag("-b --batch_size", 4, "sequences in a micro-batch", least=1)
     flag("-t --sequence_length", 64, "tokens in a sequence", least=1)

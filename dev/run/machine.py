@@ -1,11 +1,8 @@
 """
-What the operating system says and wants: processors, memory, signals.
+What the operating system says: processors, memory.
 """
 import math
 import os
-import signal
-import sys
-from types import SimpleNamespace
 
 
 def allowed_cpus():
@@ -62,23 +59,3 @@ def peak_memory():
         except ImportError:  # Windows
             return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def stop_on_signals():
-    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once. Its
-    `checkpoint` becomes true at SIGUSR1, which asks for one and not for an end."""
-    stop = SimpleNamespace(requested=False, checkpoint=False)
-
-    def request(number, frame):
-        if stop.requested:
-            sys.exit(130)
-        stop.requested = True
-        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() may be at work on its buffer
-
-    def ask(number, frame):
-        stop.checkpoint = True
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request)
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, ask)
-    return stop

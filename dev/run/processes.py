@@ -6,6 +6,8 @@ import contextlib
 import os
 import sys
 
+from dev.run.console import say
+
 
 class Processes:
     """All processes of a run, seen from one of them. local_rank counts those of the same machine."""
@@ -69,9 +71,9 @@ class Processes:
         yield
 
     def print(self, *values, **options):
-        """print() in the first process, flushed"""
+        """print() in the first process, see say()"""
         if self.rank == 0:
-            print(*values, **{"flush": True, **options})
+            say(*values, **options)
 
     def close(self):
         """The run is over: wait for the others."""
@@ -82,7 +84,7 @@ class Processes:
 
     def fail(self, message, status):
         """Say what went wrong, on standard error, and end all processes; one that is alone returns its exit status."""
-        print(message, file=sys.stderr)
+        say(message, file=sys.stderr)
         return status
 
 

@@ -231,7 +231,7 @@ def test_a_folder_is_no_checkpoint(refused, tmp_path):
 def test_damaged_shards(refused, make_shard, tmp_path, flag, shard, message):
     if shard is not None:
         make_shard(tmp_path / "shard.bin", **({"tokens": range(1000)} | shard))
-    refused(f"{flag} {tmp_path}/sh*.bin", "sh", message)
+    refused(f"-v 1 {flag} {tmp_path}/sh*.bin", "sh", message)
 
 
 @pytest.mark.parametrize("flags", ["-v 0 -i", "-v 1 -j"])
@@ -300,10 +300,12 @@ def test_unwritable_output(refused, tmp_path, folder):
     refused(f"-o {tmp_path / folder} -n 1", "text.bin")
 
 
-@pytest.mark.parametrize("mistake", ["-e missing.bin", "-i missing.bin", "-j missing.bin", "-t 65", "-b 2000000000"])
+@pytest.mark.parametrize("mistake", ["-e missing.bin", "-i missing.bin", "-v 1 -j missing.bin", "-t 65",
+                                     "-b 2000000000"])
 def test_a_mistake_spoils_no_earlier_run(cli, refused, tmp_path, mistake):
     assert cli(f"-o {tmp_path / 'out'} -n 1")[0] == 0
-    refused(f"-o {tmp_path / 'out'} -n 1 {mistake}")
+    for meant in "-y 0", "--overwrite 1":
+        refused(f"-o {tmp_path / 'out'} -n 1 {meant} {mistake}")
 
 
 @pytest.mark.parametrize("flags", ["-b two", "--nonsense 1", "-x", "-l fast", "extra"])
