@@ -1149,6 +1149,7 @@ class GPT2(Engine):
         return [f"threads: {threads} ({numba.threading_layer()}) | matrix product: {product}"]
 
     def prepare(self, B, T, recompute=1, train=True):
+        self.check_order("prepare")
         plan = memory_plan(self.config, B, T, recompute, train)
         require_memory(sum(plan.values()))
         start = time.perf_counter()
@@ -1161,6 +1162,8 @@ class GPT2(Engine):
         return plan
 
     def peak(self):
+        if self.acts is None:
+            raise ValueError("nothing can be measured before prepare()")
         self.acts.panels.fill(0)
         return measure_peak(self.acts.panels)
 
@@ -1189,7 +1192,8 @@ class GPT2(Engine):
         inputs, targets = self.check_batch(inputs, targets)
         train = train and targets is not None
         self.allocate(*inputs.shape, train)
-        acts, self.inputs = self.acts, inputs
+        acts, self.inputs, self.rows = self.acts, inputs, inputs.size
+        self.scored = None if targets is None else inputs.shape
 
         def attention(l, at):
             self.kernels.attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
@@ -1230,9 +1234,11 @@ class GPT2(Engine):
         return float(acts.losses.mean(dtype=np.float64))
 
     def losses(self):
-        return self.acts.losses.reshape(self.inputs.shape)
+        self.check_scored()
+        return self.acts.losses.reshape(self.scored)
 
     def logits(self, row):
+        self.check_row(row)
         out, lnf, panels = self.acts.logits[:1], self.acts.lnf[row:row + 1], self.acts.panels
         self.kernels.matmul_forward(out, NOTHING, lnf, self.params.wte, NOTHING[0], NOTHING, panels)
         return out[0, :self.config.vocab_size]
@@ -1254,7 +1260,7 @@ class GPT2(Engine):
             else:
                 k.attention_forward(at.atty, at.lse, at.qkv, acts.panels, acts.strips)
         self.blocks(inputs, start, attention)
-        self.tokens_read = end
+        self.tokens_read, self.rows, self.scored = end, len(tokens), None
         return self.logits(len(tokens) - 1)
 
     def backward(self, last=True):
@@ -1530,7 +1536,8 @@ class DataLoader:
         state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
         if self.random:
             _, key, position, *_ = self.random.get_state()
-            state |= {"shard_order": self.shard_order, "sample_order": self.sample_order, "generator": (key, position)}
+            state |= {"shard_order": self.shard_order[:], "sample_order": self.sample_order,
+                      "generator": (key, position)}
         return state
 
     def restore(self, state):

@@ -14,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
+from dev.data.command_line import DATA, run, show
+
 OURS, INK, GRID = "#0a7e8c", "#333333", "#dddddd"
 PEERS = {"PyTorch": "#e8924a", "llm.c": "#a8adb3"}
 
@@ -123,7 +125,10 @@ def plot_curve(axes, results):
 
 def plot(results, path):
     """Draw what there is of steps and curve into a file whose name ends in .svg or .png."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("a plot needs matplotlib\n---> HINT: pip install matplotlib") from None
     matplotlib.use("agg")
     matplotlib.rcParams.update({
         "svg.hashsalt": "llm.numba", "font.size": 10, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
@@ -144,12 +149,14 @@ def plot(results, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", nargs="?", default="data/bench.json", help="what dev/bench.py wrote (%(default)s)")
-    parser.add_argument("-o", "--output", default="dev/doc/step_time.svg", help=".svg or .png (%(default)s)")
+    parser.add_argument("json", nargs="?", default=DATA / "bench.json",
+                        help="what dev/bench.py wrote (data/bench.json)")
+    parser.add_argument("-o", "--output", default=str(Path(__file__).with_name("step_time.svg")),
+                        help=".svg or .png (dev/doc/step_time.svg)")
     flags = parser.parse_args(argv)
     plot(json.loads(Path(flags.json).read_text()), flags.output)
-    print(f"wrote {flags.output}")
+    print(f"wrote {show(flags.output)}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

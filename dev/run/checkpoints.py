@@ -116,7 +116,9 @@ def read_run_checkpoint(folder, step, run):
                          f"now there are {data[0]} and {data[1]}\n{fit}")
     state = dict(zip(("shard_index", "sample_index"), map(int, header[30:34].view(np.uint64))))
     try:
-        loader.restore(state | (unpack_order(order, len(loader.files)) if header[5] or order else {}))
+        if bool(header[5]) != bool(order):
+            raise ValueError("its header and its size disagree about whether batches are shuffled")
+        loader.restore(state | (unpack_order(order, len(loader.files)) if order else {}))
     except ValueError as error:
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
     run.sampler.state = int(header[20:22].view(np.uint64)[0])

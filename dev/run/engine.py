@@ -55,6 +55,8 @@ class Engine:
         self.num_parameters = size_of(table)
         self.num_activations = 0  # of the batch that prepare() made room for
         self.tokens_read = 0      # tokens whose keys and values read() holds
+        self.rows = 0             # of the last forward pass, whose logits can be had
+        self.scored = None        # (B, T) of the last forward pass, if it had targets
         self.micro_batches = 0    # whose gradients have been added up since the last update
         self.pending = False      # was the last forward pass for training, and does its backward pass not come yet?
 
@@ -170,6 +172,16 @@ class Engine:
         if np.shape(targets) != inputs.shape:
             raise ValueError(f"targets of shape {np.shape(targets)} do not belong to inputs of shape {inputs.shape}")
         return inputs, self.check_tokens(targets)
+
+    def check_scored(self):
+        """ValueError where the last forward pass had no targets"""
+        if self.scored is None:
+            raise ValueError("the last forward pass had no targets, and so no losses")
+
+    def check_row(self, row):
+        """ValueError where the last forward pass has no such row"""
+        if not 0 <= row < self.rows:
+            raise ValueError(f"there is no row {row}: the last forward pass had {self.rows} tokens")
 
     def check_reading(self, count):
         """ValueError where read() cannot take so many tokens now"""

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Numba reads this when it is imported: tests compare 1, 2 and 3 threads even where there are fewer cores.
+# Numba reads the first when it is imported: tests compare 1, 2 and 3 threads even where there are fewer cores. Engines
+# read the second: one thread, unless a test wants more. On a busy machine threads wait for each other.
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numba
 import numpy as np
 import pytest
+from null_engine import NullEngine
 from runs import SHARDS
 
 import train_gpt2
@@ -22,12 +25,10 @@ GUARD, UNTOUCHED = 17, np.float32(12345)  # 17: the arrays in between are not al
 
 @pytest.fixture(autouse=True)
 def undisturbed():
-    """One thread for every test: on a busy machine threads wait for each other. What main() sets in the module (its
-    choice of matmul) and in the process (signal handlers) is put back."""
-    names, handlers = dict(vars(train_gpt2)), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    """One thread for every test. What main() sets in the process, its signal handlers, is put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     numba.set_num_threads(1)
     yield
-    vars(train_gpt2).update(names)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -55,9 +56,15 @@ def new():
 
 
 @pytest.fixture
-def work(new):
-    """Scratch memory of the kernels for sequences of up to 512 tokens and the present number of threads"""
-    return new(*train_gpt2.work_shape(train_gpt2.GPT2Config(512, 1, 128, 1, 1, 1)))
+def panels(new):
+    """Scratch memory of the products, for the present number of threads"""
+    return new(numba.get_num_threads(), train_gpt2.PANELS)
+
+
+@pytest.fixture
+def strips(new):
+    """strips(T): scratch memory of the attention to T tokens, for the present number of threads"""
+    return lambda T: new(numba.get_num_threads(), 2, train_gpt2.STRIP, T + train_gpt2.STRIP_GAP)
 
 
 @pytest.fixture
@@ -123,11 +130,18 @@ def out(tmp_path):
 
 
 @pytest.fixture
-def train(flags, out, monkeypatch, capfd):
-    """train("-x 3 ..."): run the trainer, with -o out unless told otherwise; returns its standard output.
+def train(really_train, monkeypatch):
+    """train("-x 3 ..."): the same as really_train, with an engine that computes nothing"""
+    monkeypatch.setattr(train_gpt2, "GPT2", NullEngine)
+    return really_train
+
+
+@pytest.fixture
+def really_train(flags, out, monkeypatch, capfd):
+    """really_train("-x 3 ..."): run the trainer, with -o out unless told otherwise; returns its standard output.
     stopped: is it to say, on standard error, that it stops early?"""
-    monkeypatch.setattr(train_gpt2, "measure_peak", lambda work: 1.0)
-    monkeypatch.setattr(train_gpt2, "compile_kernels", lambda matmul: None)
+    monkeypatch.setattr(train_gpt2, "measure_peak", lambda panels: 1.0)
+    monkeypatch.setattr(train_gpt2, "load_kernels", lambda *args: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some disks take a second
 
     def train(text, status=0, stopped=False):

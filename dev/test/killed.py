@@ -1,7 +1,7 @@
 """
 Runs of the trainer that are killed. test_resume.py starts this as a process of its own:
 
-    python dev/test/killed.py every|random FOLDER FLAG...
+    python dev/test/killed.py null|cpu every|random FOLDER FLAG...
 
 It imports and compiles once, then forks a child for every run, so that a kill costs a fraction of a second. The folders
 are made in FOLDER. What the folder of a run that was never killed holds at its end, and what those of the others, is
@@ -19,6 +19,8 @@ import warnings
 from pathlib import Path
 
 os.environ |= {"NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}  # which a process may fork with
+
+from null_engine import NullEngine
 
 import train_gpt2
 from dev.run import checkpoints, files
@@ -137,13 +139,17 @@ def kill_at_random(folder, flags, duration, least=24):
 
 
 if __name__ == "__main__":
-    how, folder, flags = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    engine, how, folder, *flags = sys.argv[1:]
+    folder = Path(folder)
     folder.mkdir()
     warnings.simplefilter("ignore", DeprecationWarning)  # of a fork while there are threads: Numba's sleep
     stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    train_gpt2.compile_kernels()
-    train_gpt2.compile_kernels, train_gpt2.measure_peak = lambda matmul: None, lambda work: 1.0  # longer than a run
+    if engine == "null":
+        train_gpt2.GPT2 = NullEngine
+    else:
+        train_gpt2.load_kernels(train_gpt2.run_kernels)
+        train_gpt2.measure_peak = lambda panels: 1.0  # which takes longer than a run
     os.fsync = lambda descriptor: None  # it only matters when the machine dies
     start = time.monotonic()
     assert not killed(run(folder / "expected", flags))

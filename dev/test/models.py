@@ -10,8 +10,8 @@ LONG = GPT2Config(300, 50, 128, 1, 2, 16)  # attention in several strips, the cl
 def unsettled(config, seed=1):
     """A model whose biases and LayerNorm weights are not 0 and 1, so that each of them matters"""
     model, rng = GPT2(config), np.random.default_rng(seed)
-    for name, shape in model.table:
-        getattr(model.params, name)[:] = rng.normal(1.0 if name in ("ln1w", "ln2w", "lnfw") else 0, 0.2, shape)
+    for name, parameter in tensors(model, "params").items():
+        parameter[:] = rng.normal(1.0 if name in ("ln1w", "ln2w", "lnfw") else 0, 0.2, parameter.shape)
     return model
 
 
@@ -21,4 +21,5 @@ def batch(config, B, T, seed=2):
 
 
 def tensors(model, what="grads"):
-    return {name: getattr(getattr(model, what), name) for name, _ in model.table}
+    """{name: array} of an engine's parameters, gradients or moments"""
+    return {name: getattr(model.host(what), name) for name, _ in model.table}

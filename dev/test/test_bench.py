@@ -74,14 +74,19 @@ def test_costs():
     assert bench.COST["adamw_update"](params=weight) == ("adamw", 28 * weight.size)
 
 
-def test_timed(rng):
-    x, calls, before = rng.standard_normal(1000, np.float32), [], t.sum_of_squares
-    with pytest.raises(ZeroDivisionError), bench.timed(t, ["sum_of_squares"], lambda *call: calls.append(call)):
-        assert t.sum_of_squares(x).sum() == pytest.approx(x @ x, rel=1e-5)
+@pytest.mark.parametrize("matmul", ["numba", "blas"])
+def test_kernel_times(tiny, rng, matmul):
+    engine, calls, tokens = t.build(tiny, matmul=matmul), [], rng.integers(0, 300, (2, 8))
+    with pytest.raises(ZeroDivisionError), engine.kernel_times(lambda *call: calls.append(call)):
+        loss = engine.forward(tokens, tokens, train=False)
         raise ZeroDivisionError
-    (name, args, seconds), = calls
-    assert name == "sum_of_squares" and args["x"] is x and seconds > 0
-    assert t.sum_of_squares is before
+    assert [name for name, _, _ in calls].count("matmul_forward") == 4 * 2 + 1  # four a layer, and the classifier's
+    assert {name for name, _, _ in calls} == {
+        "encoder_forward", "layernorm_forward", "matmul_forward", "attention_forward", "fused_classifier"}
+    for name, arguments, seconds in calls:
+        assert bench.COST[name](**arguments)[1] > 0 and seconds > 0
+    count = len(calls)
+    assert engine.forward(tokens, tokens, train=False) == loss and len(calls) == count
 
 
 def test_alternate():

@@ -86,17 +86,32 @@ def test_numbers_of_a_run(cli, tiny, text):
     for step in range(3):
         loss = model.forward(*loader.next_batch())
         model.backward()
-        norm = model.update(2e-3, weight_decay=0.1)
-        steps.append((str(step), f"{loss:f}", f"{norm:.4f}", "2.00e-03"))
+        steps.append((str(step), f"{loss:f}", f"{model.grad_norm():.4f}", "2.00e-03"))
+        model.update(step, 2e-3, weight_decay=0.1)
     val_losses.append(validate())
     assert STEP.findall(out) == steps
     assert re.findall(rf"^val loss ({FLOAT})", out, re.MULTILINE) == val_losses
     assert f"final train loss: {steps[-1][1]}\nfinal val loss: {val_losses[-1]}\n" in out
 
 
-def test_overfitting_a_single_batch(cli):
-    losses = [float(loss) for _, loss, *_ in STEP.findall(cli("-a 1 -x 8 -l 1e-2")[1])]
+def test_overfitting_a_single_batch(cli, tiny, make_shard, tmp_path):
+    """the first one for validation"""
+    val = make_shard(tmp_path / "val.bin", range(100))
+    losses = [float(loss) for _, loss, *_ in STEP.findall(cli(f"-a 1 -x 8 -l 1e-2 -j {val}")[1])]
+    assert losses[0] == pytest.approx(GPT2.build(tiny).forward(*DataLoader(val, 2, 8).next_batch()), abs=1e-6)
     assert len(losses) == 8 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("matmul, who", [("numba", "micro-kernel"), ("blas", "NumPy's BLAS")])
+def test_profile(cli, matmul, who):
+    status, out, _ = cli(f"--profile 1 --matmul {matmul} -v 1")
+    rows = re.findall(rf"^(\w+) +{FLOAT} ms +({FLOAT}) % of the run$", out, re.MULTILINE)
+    assert status == 0 and re.search(rf"^threads: .* matrix product: .*{who}", out, re.MULTILINE)
+    assert {name for name, _ in rows} == {
+        "encoder_forward", "encoder_backward", "layernorm_forward", "layernorm_backward", "matmul_forward",
+        "matmul_backward", "attention_forward", "attention_backward", "gelu_forward", "gelu_backward",
+        "fused_classifier", "sum_of_squares", "adamw_update"}
+    assert len(rows) == 13 and 0 < sum(float(percent) for _, percent in rows) < 101  # nothing is counted twice
 
 
 def test_text_with_a_tokenizer(cli):

@@ -4,10 +4,11 @@ import shutil
 import struct
 
 import pytest
+from null_engine import NullEngine
 from runs import SHARDS, N, contents
 
 import train_gpt2
-from train_gpt2 import GPT2
+from dev.run.checkpoints import write_model
 
 
 @pytest.fixture
@@ -86,9 +87,8 @@ def test_without_our_own_file(train, out, tmp_path):
 @pytest.mark.parametrize("shape", [(64, 300, 384, 1, 2, 32), (64, 300, 384, 3, 2, 32)])
 def test_state_of_another_model(train, refused, out, tmp_path, overfit, shape):
     maxT, V, Vp, L, NH, C = shape
-    model = GPT2(train_gpt2.GPT2Config(maxT, V, Vp, L, NH, C))
-    model.init_random()
-    model.write_checkpoint(str(tmp_path / "other.bin"))
+    config = train_gpt2.GPT2Config(maxT, V, Vp, L, NH, C)
+    write_model(str(tmp_path / "other.bin"), NullEngine(config, train_gpt2.parameter_table(config)))
     train(f"-x 4 -n 2 -a {overfit}")
     shutil.copy(tmp_path / "other.bin", out / "model_00000004.bin")
     refused(f"-a {overfit}", "state_00000004_00000.bin", "HINT")
@@ -104,8 +104,9 @@ def test_batches_of_another_size(train, refused, out, change):
 
 @pytest.mark.parametrize("change", ["one more", "one less", "longer", "shorter"])
 @pytest.mark.parametrize("overfit", [0, 1])
-def test_other_shards(train, refused, out, make_shard, tmp_path, change, overfit):
-    train(f"-x 4 -n 2 -a {overfit}")
+def test_other_shards(train, refused, shards, make_shard, tmp_path, change, overfit):
+    data = f"-a 1 -j {shards}" if overfit else ""
+    train(f"-x 4 -n 2 {data}")
     if change == "one more":
         make_shard(tmp_path / "shard_4.bin", range(100))
     elif change == "one less":
@@ -113,7 +114,7 @@ def test_other_shards(train, refused, out, make_shard, tmp_path, change, overfit
     else:
         for i, size in enumerate(SHARDS):
             make_shard(tmp_path / f"shard_{i}.bin", range(size + 32 if change == "longer" else max(0, size - 32)))
-    refused(f"-a {overfit}", "shard", "HINT")
+    refused(data, "shard", "HINT")
 
 
 def test_the_same_shards_in_another_place(train, flags, out, tmp_path):

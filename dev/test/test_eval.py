@@ -7,7 +7,7 @@ import pytest
 
 from dev.data.shards import write_evalfile
 from dev.eval import multiple_choice
-from dev.run.multiple_choice import read_examples, score
+from dev.run.multiple_choice import accuracy, read_examples, score
 from train_gpt2 import GPT2
 
 
@@ -23,11 +23,11 @@ def random_examples(rng, count, longest_context=20, longest=20):
 
 
 def mean_loss(model, context, completion, T):
-    """In float64, from the final LayerNorm's output for one row without padding"""
+    """In float64, from the logits of one row without padding"""
     tokens = (context + completion)[-T - 1:]
     model.forward(np.array([tokens[:-1]], np.int32))
-    logits = (model.acts.lnf.astype(np.float64) @ model.params.wte[:300].T)[-len(completion):]
-    targets = np.array(completion)
+    rows, targets = range(len(tokens) - 1 - len(completion), len(tokens) - 1), np.array(completion)
+    logits = np.array([model.logits(max(0, row)).astype(np.float64) for row in rows])
     return np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(targets)), targets])
 
 
@@ -49,8 +49,8 @@ def test_evaluation_set_is_read_as_it_was_written(rng, tmp_path):
 
 def test_answer_is_the_completion_with_the_lowest_mean_loss(model, rng):
     examples = random_examples(rng, 10)
-    assert score(model, label(np.argmin, model, examples)) == (10, 1, 0)
-    assert score(model, label(np.argmax, model, examples)) == (0, 0, 0)
+    assert score(model, label(np.argmin, model, examples)) == (10, 10)
+    assert score(model, label(np.argmax, model, examples)) == (0, 10)
 
 
 def test_context_that_is_too_long_loses_its_beginning(model, rng):
@@ -62,8 +62,9 @@ def test_context_that_is_too_long_loses_its_beginning(model, rng):
 def test_standard_error(model, rng):
     examples = random_examples(rng, 8)
     examples = label(np.argmin, model, examples[:2]) + label(np.argmax, model, examples[2:])
-    correct, accuracy, error = score(model, examples)
-    assert (correct, accuracy) == (2, 0.25) and math.isclose(error, math.sqrt(0.25 * 0.75 / 8))
+    assert score(model, examples) == (2, 8)
+    assert accuracy(2, 8) == (0.25, pytest.approx(math.sqrt(0.25 * 0.75 / 8)))
+    assert accuracy(8, 8) == (1, 0) and accuracy(0, 3) == (0, 0)
 
 
 def damaged(content, position, word):
@@ -92,9 +93,9 @@ def test_command_line(script, name, model, tiny, rng, tmp_path, python):
     examples = label(np.argmin, model, examples[:2]) + label(np.argmax, model, examples[2:])
     path = write(tmp_path / "set.bin", examples)
     out, err = python("-m", f"dev.eval.{script}", "-e", tiny, "-i", path, "--limit", 8).communicate()
-    long, result = out.splitlines()
+    long, kernels, result = out.splitlines()
     assert result == f"{name}: 2/8 = 0.250000 | standard error 0.153093" and not err
-    assert long.startswith("1 examples have more than 64 tokens")
+    assert long.startswith("1 examples have more than 64 tokens") and kernels.startswith("kernels: ready")
 
 
 def test_progress_is_shown(tiny, rng, tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from dev.data import download
 from dev.data.vocabulary import VOCABULARY, get_encoder
 from dev.eval import export_gguf, export_hf, import_hf
 from dev.eval.convert_bin import Checkpoint, as_float32, from_float32
-from train_gpt2 import GPT2, GPT2Config
+from dev.run import checkpoints
+from train_gpt2 import GPT2, GPT2Config, init_random
 
 ROOT = Path(__file__).resolve().parents[2]
 TIKTOKEN_CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
@@ -48,12 +49,13 @@ def folder(tiny, tmp_path):
 def write_model(path, *sizes):
     """A .bin whose every tensor, biases included, has its own random numbers"""
     model, rng = GPT2(GPT2Config(*sizes)), np.random.default_rng(1)
-    model.init_random()
+    params = model.host("params")
+    init_random(model.config, params)
     for name, _ in model.table:
-        x = getattr(model.params, name)
+        x = getattr(params, name)
         x = x[:model.config.vocab_size] if name == "wte" else x
         x += rng.normal(0, 0.1, x.shape).astype(np.float32)
-    model.write_checkpoint(path)
+    checkpoints.write_model(path, model)
     return path
 
 

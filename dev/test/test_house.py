@@ -6,15 +6,19 @@ Each is shown a piece of code that breaks its rule, too.
 """
 import ast
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
 TOP = {"train_gpt2.py", "test_gpt2.py", "Makefile", "requirements.txt", "README.md", "LICENSE", "data", "dev"}
+REQUIREMENTS = {"numpy", "numba", "llvmlite", "tiktoken", "requests"}
+FORMATS = {20240520, 20240522, 20240326, 20240327, 20240527, 20240328}  # the magic numbers of llm.c's files
 
 FILES = {path.relative_to(ROOT).as_posix(): path for folder in (".", "dev", "dev/*", "dev/*/*")
          for path in ROOT.glob(f"{folder}/*.py") if "test" not in path.relative_to(ROOT).parts}
 TREES = {name: ast.parse(path.read_text(), name) for name, path in sorted(FILES.items())}
+MODULES = {path.stem for path in FILES.values()} | {path.name for path in (ROOT / "dev").iterdir() if path.is_dir()}
 OURS = {"train_gpt2", "test_gpt2", "dev"}
 
 
@@ -52,6 +56,13 @@ def is_cached(function):
                for text in decorators(function))
 
 
+def words(tree):
+    """Every name, attribute, argument and string in a piece of code"""
+    for node in ast.walk(tree):
+        yield from (getattr(node, field) for field in ("id", "attr", "arg", "value")
+                    if isinstance(getattr(node, field, None), str))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the rules
 
@@ -63,6 +74,22 @@ def one_way(name, tree):
     for line, module in imports(tree, everywhere=name != "train_gpt2.py"):
         if allowed and module.split(".")[0] in OURS and not any(f"{module}.".startswith(f"{a}.") for a in allowed):
             yield line, f"imports {module}"
+
+
+def one_name(name, tree):
+    """Every module of the project is imported by one name, which begins at the top: dev.data.text, not text."""
+    for line, module in imports(tree):
+        first = module.split(".")[0]
+        if first == "" or first in MODULES - OURS - set(sys.stdlib_module_names) - {"cuda"}:
+            yield line, f"imports {module}"
+
+
+def few_requirements(name, tree):
+    """On a CPU the trainer and dev/data/ need four packages: what others need is imported where it is used."""
+    if name == "train_gpt2.py" or name.startswith(("dev/run/", "dev/data/")):
+        for line, module in imports(tree, everywhere=False):
+            if module.split(".")[0] not in REQUIREMENTS | OURS | set(sys.stdlib_module_names):
+                yield line, f"imports {module}"
 
 
 def no_gpu_in_the_program(name, tree):
@@ -82,6 +109,56 @@ def short_kernels(name, tree):
             yield function.lineno, f"{function.name} has {lines}"
 
 
+def own_file(name, tree):
+    """A kernel that is cached calls nothing from our other files: Numba would not notice that they change."""
+    foreign = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None) or node.names[0].name
+            if module.split(".")[0] in OURS:
+                foreign |= {alias.asname or alias.name.split(".")[0]: module for alias in node.names}
+    for function in filter(is_cached, functions(tree)):
+        for node in (node for statement in function.body for node in ast.walk(statement)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[0] in foreign:
+                yield node.lineno, f"{function.name} calls {ast.unparse(node.func)}()"
+
+
+def no_globals(name, tree):
+    """No function assigns to a module's globals, but for what a pool's process in dev/data/ keeps for its calls."""
+    for node in () if name.startswith("dev/data/") else ast.walk(tree):
+        changed = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value)
+        if isinstance(node, ast.Global) or changed and changed.startswith(("globals(", "vars(")):
+            yield node.lineno, ast.unparse(node)
+
+
+def no_setting(name, tree):
+    """Only an engine sets its attributes: all others call it."""
+    for node in ast.walk(tree):
+        is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if is_set and ast.unparse(node.value).split(".")[-1] in ("engine", "model"):
+            yield node.lineno, f"sets {ast.unparse(node)}"
+
+
+def formats_at_home(name, tree):
+    """Files' magic numbers stand in dev/run/files.py alone, and in the PyTorch reference that ours are checked by."""
+    if name not in ("dev/run/files.py", "dev/train_gpt2_torch.py"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and node.value in FORMATS:
+                yield node.lineno, f"says {node.value}"
+
+
+def one_loop(name, tree):
+    """train() has at most 80 lines, and does not ask which engine, precision or process it runs on."""
+    for train in (function for function in functions(tree) if name == "train_gpt2.py" and function.name == "train"):
+        lines = train.end_lineno - train.lineno + 1
+        if lines > 80:
+            yield train.lineno, f"has {lines} lines"
+        for node in ast.walk(train):
+            asked = set(words(getattr(node, "test", ast.Pass())))
+            if asked & {"device", "precision", "rank", "size", "cuda", "bf16"}:
+                yield node.lineno, f"asks: {ast.unparse(node.test)}"
+
+
 def one_page(name, tree):
     """train_gpt2.py has at most 1,500 lines."""
     if name == "train_gpt2.py":
@@ -90,7 +167,10 @@ def one_page(name, tree):
             yield lines, f"is the number of its last line: {lines}"
 
 
-@pytest.mark.parametrize("rule", [one_way, no_gpu_in_the_program, short_kernels, one_page])
+@pytest.mark.parametrize("rule", [
+    one_way, one_name, few_requirements, no_gpu_in_the_program, short_kernels, own_file, no_globals, no_setting,
+    formats_at_home, one_loop, one_page,
+])
 def test_rule(rule):
     found = [f"{name}:{line}: {what}" for name, tree in TREES.items() for line, what in rule(name, tree)]
     assert not found, "\n".join([rule.__doc__, *found])
@@ -105,10 +185,23 @@ LONG = "\n    pass" * 80
     (one_way, "dev/engine/cuda.py", "from train_gpt2 import GPT2"),
     (one_way, "train_gpt2.py", "import dev.engine.cuda"),
     (one_way, "dev/data/text.py", "from dev.eval.export_hf import main"),
+    (one_name, "dev/eval/mmlu.py", "from data.data_common import run"), (one_name, "dev/bench.py", "import generate"),
+    (one_name, "dev/eval/mmlu.py", "from . import export_hf"), (one_name, "dev/run/report.py", "from .files import f"),
+    (few_requirements, "dev/run/mpi.py", "import os, mpi4py"), (few_requirements, "dev/data/text.py", "import pyarrow"),
+    (few_requirements, "train_gpt2.py", "class A:\n    import tqdm"),
     (no_gpu_in_the_program, "train_gpt2.py", "def f():\n    from numba import cuda"),
     (no_gpu_in_the_program, "dev/run/machine.py", "def f():\n    import torch.cuda"),
     (short_kernels, "train_gpt2.py", f"@kernel\ndef f():{LONG[:41 * 9]}"),
     (short_kernels, "dev/engine/cuda_kernels.py", f"@cuda.jit(fastmath=True)\ndef f():{LONG[:41 * 9]}"),
+    (own_file, "dev/cpu/gelu.py", "import train_gpt2 as t\n@t.kernel\ndef f(x):\n    return t.exp(x)"),
+    (own_file, "dev/engine/cpu.py", "from dev.run.files import f\n@njit(cache=True)\ndef g(x):\n    return f(x)"),
+    (no_globals, "dev/run/text.py", "def f():\n    global x\n    x = 1"),
+    (no_globals, "dev/bench.py", "globals()['x'] = 1"),
+    (no_setting, "dev/run/text.py", "model.cached, x = 0, 1"), (no_setting, "train_gpt2.py", "run.engine.step += 1"),
+    (formats_at_home, "dev/data/text.py", "MAGIC = 20240520"),
+    (one_loop, "train_gpt2.py", "def train(flags):\n    x = 1 if flags.precision == 'bf16' else 2"),
+    (one_loop, "train_gpt2.py", "def train(flags):\n    if processes.rank == 0:\n        print()"),
+    (one_loop, "train_gpt2.py", f"def train(flags):{LONG}"),
 ])
 def test_rules_are_noticed_when_broken(rule, name, code):
     assert list(rule(name, ast.parse(code)))

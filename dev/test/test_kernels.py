@@ -72,7 +72,7 @@ def test_maximum_propagates_nan():
 @pytest.mark.parametrize("M, N, K", [
     (1, 1, 1), (1, 50, 3), (3, 7, 4), (8, 48, 192), (9, 49, 193), (17, 100, 258), (250, 130, 515)])
 @pytest.mark.parametrize("add", [False, True])
-def test_tile_product(rng, new, work, M, N, K, add):
+def test_tile_product(rng, new, panels, M, N, K, add):
     # parts of larger arrays, rows or columns contiguous, as attention and matmul pass them
     C, before = new(M + 2, N + 3), normal(rng, M + 2, N + 3)
     a, b = normal(rng, M, K + 1)[:, 1:], normal(rng, K, N + 1)[:, :-1]
@@ -82,7 +82,7 @@ def test_tile_product(rng, new, work, M, N, K, add):
             C[:] = before
             if not add:
                 C[1:M + 1, 1:N + 1] = np.nan
-            t.tile_product(C[1:M + 1, 1:N + 1], A, B, add, work[0])
+            t.tile_product(C[1:M + 1, 1:N + 1], A, B, add, panels[0])
             close(C[1:M + 1, 1:N + 1], np.float64(A) @ B + (before[1:M + 1, 1:N + 1] if add else 0))
             C[1:M + 1, 1:N + 1] = before[1:M + 1, 1:N + 1]
             assert (C == before).all(), "written outside the tile"
@@ -92,13 +92,13 @@ def test_tile_product(rng, new, work, M, N, K, add):
     (1, 1, 1), (13, 66, 70), (128, 640, 64), (128, 64, 640), (300, 40, 130), (40, 30, 517)])
 @pytest.mark.parametrize("d", [0, 1, 3, 37, 384, -1, -17, -290])
 @pytest.mark.parametrize("add", [False, True])
-def test_triangles(rng, new, work, M, N, K, d, add):
+def test_triangles(rng, new, panels, M, N, K, d, add):
     C, before, A, B = new(M, N), normal(rng, M, N), normal(rng, M, K), normal(rng, K, N)
     r, c, k = np.arange(M)[:, None], np.arange(N), np.arange(K)
     for triangle, zero in (t.SCORES, k < 0), (t.LOWER, k > r + d), (t.UPPER, k < r + d):
         masked = np.where(zero, F32(0), A)
         C[:] = before if add else np.nan
-        t.tile_product(C, masked, B, add, work[0], triangle, d)
+        t.tile_product(C, masked, B, add, panels[0], triangle, d)
         needed = np.broadcast_to(c <= r + d if triangle == t.SCORES else True, (M, N))
         expected = (np.float64(masked) @ B + (before if add else 0))[needed]
         if expected.any():
@@ -114,12 +114,12 @@ SIZES = [(1, 1, 1), (1, 5, 7), (1, 400, 813), (3, 16, 50), (65, 48, 96), (257, 2
 @pytest.mark.parametrize("BT, C, OC", SIZES)
 @pytest.mark.parametrize("parts", ["", "bias", "bias residual", "bias act", "residual", "bias residual act"])
 @pytest.mark.parametrize("backend", ["matmul", "blas"])
-def test_matmul_forward(rng, new, work, BT, C, OC, parts, backend):
+def test_matmul_forward(rng, new, panels, BT, C, OC, parts, backend):
     out, inp, weight = new(BT, OC), normal(rng, BT, C), normal(rng, OC, C)
-    bias = normal(rng, OC) if "bias" in parts else t.NO_BIAS
+    bias = normal(rng, OC) if "bias" in parts else t.NOTHING[0]
     residual = normal(rng, BT, OC) if "residual" in parts else t.NOTHING
     act = new(BT, OC) if "act" in parts else t.NOTHING
-    getattr(t, f"{backend}_forward")(out, act, inp, weight, bias, residual, work)
+    getattr(t, f"{backend}_forward")(out, act, inp, weight, bias, residual, panels)
     expected = np.float64(inp) @ weight.T + (bias if bias.size else 0) + (residual if residual.size else 0)
     close(out, expected)
     if act.size:
@@ -130,15 +130,15 @@ def test_matmul_forward(rng, new, work, BT, C, OC, parts, backend):
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("backend", ["matmul", "blas"])
-def test_matmul_backward(rng, new, work, BT, C, OC, has_bias, add, backend):
+def test_matmul_backward(rng, new, panels, BT, C, OC, has_bias, add, backend):
     inp, weight, dout = normal(rng, BT, C), normal(rng, OC, C), normal(rng, BT, OC)
-    dinp, dweight, dbias = new(BT, C), new(OC, C), new(OC) if has_bias else t.NO_BIAS
+    dinp, dweight, dbias = new(BT, C), new(OC, C), new(OC) if has_bias else t.NOTHING[0]
     before, bias_before = normal(rng, OC, C), normal(rng, OC)
     if add:
         dweight[:] = before
         if has_bias:
             dbias[:] = bias_before
-    getattr(t, f"{backend}_backward")(dinp, dweight, dbias, dout, inp, weight, add, work)
+    getattr(t, f"{backend}_backward")(dinp, dweight, dbias, dout, inp, weight, add, panels)
     close(dinp, np.float64(dout) @ weight)
     close(dweight, np.float64(dout).T @ inp + (before if add else 0))
     if has_bias:
@@ -226,10 +226,10 @@ HEADS = [(1, 1, 1, 5), (1, 2, 2, 16), (2, 17, 3, 5), (1, 128, 1, 64), (2, 129, 2
 
 @pytest.mark.parametrize("B, T, NH, hs", HEADS)
 @pytest.mark.parametrize("std", [1, 8])  # 8: scores up to a few hundred
-def test_attention_forward(rng, new, work, B, T, NH, hs, std):
+def test_attention_forward(rng, new, panels, strips, B, T, NH, hs, std):
     qkv = normal(rng, B * T, 3 * NH * hs, std=std)
     out, lse = new(B * T, NH * hs), new(B, NH, T)
-    t.attention_forward(out, lse, qkv, work)
+    t.attention_forward(out, lse, qkv, panels, strips(T))
     expected_out, expected_lse, _ = formulas.attention(qkv.reshape(B, T, -1), NH)
     close(out, expected_out.reshape(out.shape), 1e-5 * std)
     close(lse, expected_lse)
@@ -247,11 +247,11 @@ def test_attention_decode(rng, new, T, NH, hs, std):
 
 @pytest.mark.parametrize("B, T, NH, hs", HEADS)
 @pytest.mark.parametrize("std", [1, 4])
-def test_attention_backward(rng, new, work, B, T, NH, hs, std):
+def test_attention_backward(rng, new, panels, strips, B, T, NH, hs, std):
     qkv, dout = normal(rng, B * T, 3 * NH * hs, std=std), normal(rng, B * T, NH * hs)
     out, lse, _ = (x.astype(F32) for x in formulas.attention(qkv.reshape(B, T, -1), NH))
     dqkv = new(B * T, 3 * NH * hs)
-    t.attention_backward(dqkv, dout, out.reshape(dout.shape), lse, qkv, work)
+    t.attention_backward(dqkv, dout, out.reshape(dout.shape), lse, qkv, panels, strips(T))
     expected = formulas.attention_gradient(dout.reshape(B, T, -1), qkv.reshape(B, T, -1), NH).reshape(B * T, 3, -1)
     for actual, part in zip(np.split(dqkv, 3, axis=1), expected.swapaxes(0, 1)):
         if T > 1:  # with one key the probability is 1, whatever q and k are
@@ -259,15 +259,15 @@ def test_attention_backward(rng, new, work, B, T, NH, hs, std):
     np.testing.assert_allclose(dqkv.reshape(B * T, 3, -1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_attention_looks_only_back(rng, new, work):
+def test_attention_looks_only_back(rng, new, panels, strips):
     T, C = 300, 10
     qkv = normal(rng, T, 3 * C)
     first, second, lse = new(T, C), new(T, C), new(1, 2, T)
-    t.attention_forward(first, lse, qkv, work)
+    t.attention_forward(first, lse, qkv, panels, strips(T))
     for cut in 1, 127, 128, 255, 256, 299:
         changed = qkv.copy()
         changed[cut:] = 1e4
-        t.attention_forward(second, lse, changed, work)
+        t.attention_forward(second, lse, changed, panels, strips(T))
         assert (first[:cut] == second[:cut]).all() and (first[cut] != second[cut]).any()
 
 

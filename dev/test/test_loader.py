@@ -1,4 +1,6 @@
 """The order of batches against formulas.py's; shards of any size; shards that are damaged."""
+import copy
+
 import numpy as np
 import pytest
 from formulas import Order
@@ -82,6 +84,38 @@ def test_processes_take_their_parts_of_the_same_batch(write_shards, shuffle):
         expected, batches = whole.next_batch(), [part.next_batch() for part in parts]
         for i in 0, 1:  # inputs, targets
             assert (np.concatenate([batch[i] for batch in batches]) == expected[i]).all()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batches", [0, 1, 21, 22, 30, 53, 54, 200])
+def test_it_goes_on_where_another_was(write_shards, shuffle, batches):
+    pattern, _ = write_shards(700, 40, 333)
+    first, second = (DataLoader(pattern, 2, 16, should_shuffle=shuffle) for _ in range(2))
+    for _ in range(batches):
+        first.next_batch()
+    second.next_batch()
+    state = copy.deepcopy(first.state())
+    second.restore(state)
+    for step in range(70):
+        assert (np.stack(second.next_batch()) == np.stack(first.next_batch())).all(), step
+
+
+@pytest.mark.parametrize("change", [
+    {"shard_index": 3}, {"shard_index": -1}, {"shard_order": [0, 1, 1]}, {"shard_order": [0, 1]},
+    {"sample_order": [0]}, {"sample_order": list(range(1, 22))},
+])
+def test_states_of_other_data(write_shards, change):
+    loader = DataLoader(write_shards(700, 40, 333)[0], 2, 16, should_shuffle=True)
+    with pytest.raises(ValueError, match="not one of this data"):
+        loader.restore(loader.state() | change)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_state_of_another_order(write_shards, shuffle):
+    pattern, _ = write_shards(700, 40, 333)
+    state = DataLoader(pattern, 2, 16, should_shuffle=shuffle).state()
+    with pytest.raises(ValueError, match="not one of this data"):
+        DataLoader(pattern, 2, 16, should_shuffle=not shuffle).restore(state)
 
 
 def test_shard_of_more_than_2_GiB(make_shard, tmp_path):

@@ -11,6 +11,7 @@ from formulas import F32, close, formula_logits, formula_loss
 from models import LONG, ODD, batch, tensors, unsettled
 
 import train_gpt2 as t
+from dev.run.engine import Tensors
 from dev.run.text import Sampler, generate
 from train_gpt2 import GPT2, DataLoader
 
@@ -33,7 +34,7 @@ def test_loss_and_gradients_against_the_formulas(config, B, T, rng):
             above, below = (formula_loss(config, w | {name: w[name] + s * direction}, inputs, targets) for s in (h, -h))
             slope, norm = (gradient * direction).sum(dtype=np.float64), np.linalg.norm(gradient)
             assert abs(slope - (above - below) / (2 * h)) <= 1e-4 * norm + 1e-9, name
-    assert (model.grads.wte[config.vocab_size:] == 0).all()
+    assert (tensors(model)["wte"][config.vocab_size:] == 0).all()
     model.forward(inputs)
     for row, expected in enumerate(formula_logits(config, w, inputs).reshape(B * T, -1)):
         close(model.logits(row), expected)
@@ -57,7 +58,7 @@ def test_pytorch_gradients(tiny, debug_state):
     model = GPT2.build(tiny)
     assert model.forward(inputs, targets) == pytest.approx(loss, rel=1e-5)
     model.backward()
-    expected = t.Tensors(gradients, model.table)
+    expected = Tensors(gradients, model.table)
     assert gradients.size == model.num_parameters
     for name, gradient in tensors(model).items():
         close(gradient, getattr(expected, name), 1e-4)
@@ -69,10 +70,10 @@ def test_pytorch_gradients(tiny, debug_state):
 def test_pytorch_training(tiny, debug_state):
     inputs, targets, *_, training = debug_state
     model, settings = GPT2.build(tiny), {name: training[name] for name in ("beta1", "beta2", "eps", "weight_decay")}
-    for expected in training["losses"]:
+    for step, expected in enumerate(training["losses"]):
         assert model.forward(inputs, targets) == pytest.approx(expected, rel=1e-5)
         model.backward()
-        model.update(training["learning_rate"], **settings)
+        model.update(step, training["learning_rate"], **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,13 +82,14 @@ def test_pytorch_training(tiny, debug_state):
 def train_bits(model, inputs, targets, between=lambda model: None):
     """What two training steps leave: losses, norms, parameters"""
     numbers = []
-    for _ in range(2):
+    for step in range(2):
         between(model)
         numbers.append(model.forward(inputs, targets))
         model.backward()
         between(model)
-        numbers.append(model.update(1e-3))
-    return numbers, model.params.memory.tobytes()
+        numbers.append(model.grad_norm())
+        model.update(step, 1e-3)
+    return numbers, model.host("params").memory.tobytes()
 
 
 @pytest.mark.parametrize("config, B, T", [(ODD, 3, 9), (LONG, 2, 300)])
@@ -95,7 +97,7 @@ def test_recomputing_changes_no_bit(config, B, T):
     results = []
     for recompute in 0, 1, 2:
         model = unsettled(config)
-        model.recompute = recompute
+        model.prepare(B, T, recompute)
         results.append(train_bits(model, *batch(config, B, T)))
     assert results[0] == results[1] == results[2]
 
@@ -117,8 +119,10 @@ def test_validation_loss_equals_training_loss():
 
 def test_a_model_without_training_memory():
     model, (inputs, targets) = unsettled(ODD), batch(ODD, 1, 4)
-    loss = model.forward(inputs, targets, train=False)
-    assert model.grads is None and model.m is None and loss == unsettled(ODD).forward(inputs, targets)
+    assert model.forward(inputs, targets, train=False) == unsettled(ODD).forward(inputs, targets)
+    for what in "grads", "m", "v":
+        with pytest.raises(ValueError, match=f"{what} (.|\n)*HINT"):
+            model.host(what)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,10 +133,11 @@ import sys
 import numpy as np
 from train_gpt2 import GPT2
 model, tokens = GPT2.build(sys.argv[1]), np.arange(5, 75, 7, dtype=np.int32).reshape(2, 5)
-for _ in range(2):
+for step in range(2):
     print(model.forward(tokens[:, :-1], tokens[:, 1:]))
     model.backward()
-    print(model.update(1e-2, weight_decay=0.1))
+    print(model.grad_norm())
+    model.update(step, 1e-2, weight_decay=0.1)
 model.forward(tokens)
 print(*model.logits(9)[:5])
 """
@@ -163,8 +168,8 @@ def test_notebook(tiny, make_shard, tmp_path):
     model = GPT2.build(tiny)
     loader = DataLoader(text, B=4, T=32, should_shuffle=True)
     losses = []
-    for _ in range(30):
+    for step in range(30):
         losses.append(model.forward(*loader.next_batch()))
         model.backward()
-        model.update(learning_rate=1e-2)
+        model.update(step, learning_rate=1e-2)
     assert losses[0] > 5 and losses[-1] < 1

@@ -5,9 +5,8 @@ import re
 import shutil
 
 import pytest
+from null_engine import NullEngine
 from runs import complete, contents, log
-
-from train_gpt2 import GPT2
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Unix only")
 
@@ -15,8 +14,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Unix only")
 # ---------------------------------------------------------------------------------------------------------------------
 # killed
 
-def run_killed(python, how, tmp_path, flags):
-    process = python("dev/test/killed.py", how, tmp_path / how, *flags, PYTHONPATH=".")
+def run_killed(python, engine, how, tmp_path, flags):
+    process = python("dev/test/killed.py", engine, how, tmp_path / how, *flags, PYTHONPATH=".")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0 and err == "", err
     return json.loads(out)
@@ -24,7 +23,7 @@ def run_killed(python, how, tmp_path, flags):
 
 @needs_fork
 def test_killed_at_every_moment(python, tmp_path, flags):
-    runs = run_killed(python, "every", tmp_path, flags("-x 4 -n 2 -nk 1 -v 2 -s 2 -g 4"))
+    runs = run_killed(python, "null", "every", tmp_path, flags("-x 4 -n 2 -nk 1 -v 2 -s 2 -g 4"))
     assert runs["kills"] > 100 and "DONE_00000004" in runs["expected"]
     for moment, found in enumerate(runs["found"]):
         assert found == runs["expected"], f"killed at moment {moment}"
@@ -32,7 +31,9 @@ def test_killed_at_every_moment(python, tmp_path, flags):
 
 @needs_fork
 def test_killed_at_random_moments(python, tmp_path, flags):
-    runs = run_killed(python, "random", tmp_path, flags("-x 30 -n 10 -nk 2 -d 32 -v 5 -s 7 -g 4 -k linear -u 5 -q 0.1"))
+    """with the real engine, which is most of the time at work"""
+    given = flags("-x 30 -n 10 -nk 2 -d 32 -v 5 -s 7 -g 4 -k linear -u 5 -q 0.1")
+    runs = run_killed(python, "cpu", "random", tmp_path, given)
     assert runs["kills"] >= 20
     assert {"DONE_00000020", "DONE_00000030", "model_00000030.bin", "main.log"} < set(runs["expected"])
     for found in runs["found"]:
@@ -42,8 +43,9 @@ def test_killed_at_random_moments(python, tmp_path, flags):
 # ---------------------------------------------------------------------------------------------------------------------
 # ended, and resumed
 
-def test_a_finished_run_goes_on(train, out, tmp_path):
-    long = "-v 5 -n 10 -nm 20 -c 0.1 --grad_clip 1 -k constant"
+@pytest.mark.parametrize("engine", ["train", "really_train"])
+def test_a_finished_run_goes_on(request, engine, out, tmp_path):
+    train, long = request.getfixturevalue(engine), "-v 5 -n 10 -nm 20 -c 0.1 --grad_clip 1 -k constant"
     train(f"{long} -x 40 -o {tmp_path / 'whole'}")
     train(f"{long} -x 20")
     train(f"{long} -x 20 -y 1")  # nothing is left to do
@@ -61,10 +63,10 @@ def test_starting_anew_clears_old_checkpoints(train, out, monkeypatch):
     assert complete(out) == [2, 4, 6]
     shutil.copytree(out, out.with_name("anew"))
 
-    def killed(model):
+    def killed(engine, last):
         raise SystemExit(9)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(GPT2, "backward", killed)
+        patch.setattr(NullEngine, "backward", killed)
         train("-x 6 -n 2 -v 1")
     assert complete(out) == [] and log(out) == [log(out.with_name("anew"))[0]]
     assert "no complete checkpoint" in train("-x 6 -n 2 -v 1 -y 1")

@@ -8,7 +8,7 @@ import pytest
 from runs import SHARDS, log
 
 from dev.run.flags import parse_flags
-from dev.run.schedule import scheduled_learning_rate, z_score
+from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate, z_score
 
 
 def learning_rate(kind, peak, final, warmup, N, s):
@@ -67,6 +67,21 @@ def test_z_score(rng):
     assert [z_score(2.5, same) for _ in range(130)][128:] == [0, 0]
 
 
+@pytest.mark.parametrize("loss_limit, norm_limit, far", [
+    (0, 0, []), (5, 0, [200]), (0, 5, [250]), (5, 5, [200, 250]), (1e9, 1e9, []),
+])
+def test_outliers(rng, loss_limit, norm_limit, far):
+    """Losses far above those before, or norms; one that is far below is none, nor is one among the first 128 steps."""
+    losses, norms = rng.normal(3, 0.1, 300), rng.normal(1, 0.1, 300)
+    losses[[100, 200]], losses[210], norms[250] = 30, -30, 9
+    outliers, windows = Outliers(loss_limit, norm_limit), (deque(maxlen=128), deque(maxlen=128))
+    for step, (loss, norm) in enumerate(zip(losses, norms)):
+        scores = z_score(loss, windows[0]), z_score(norm, windows[1])
+        assert outliers.far(loss, norm) == (step in far), step
+        assert outliers.scores == pytest.approx(scores, nan_ok=True)
+    assert outliers.windows == windows
+
+
 def test_skipped_updates_leave_the_weights(train, out, tiny):
     """After 128 steps every update with a gradient norm above the mean's 0.01 deviations is skipped."""
     printed = train("-x 133 -n 1 -nk 6 -sg 0.01 -l 1e-4")
@@ -76,6 +91,13 @@ def test_skipped_updates_leave_the_weights(train, out, tiny):
     for step in range(128, 133):
         same = (out / f"model_{step:08d}.bin").read_bytes() == (out / f"model_{step + 1:08d}.bin").read_bytes()
         assert same == (step in skipped)
+
+
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
+def test_what_is_no_number_is_an_error(loss, norm):
+    with pytest.raises(ValueError, match=r"step 7: .*diverged\n---> HINT: "):
+        require_finite(7, loss, norm)
+    require_finite(7, 1e30, 0.0)
 
 
 def test_one_epoch(train):

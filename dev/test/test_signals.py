@@ -4,19 +4,19 @@ import re
 import signal
 
 import pytest
+from null_engine import NullEngine
 from runs import complete, contents, interrupt
 
 import train_gpt2
-from train_gpt2 import GPT2
+from dev.run.report import Report
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Unix only")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("owner, name, call, step", [
-    (GPT2, "backward", 8, 4), (GPT2, "backward", 1, 1), (train_gpt2, "validate", 2, 5),
-    (train_gpt2, "print_sample", 1, 3), (os, "replace", 2, 4), (train_gpt2, "write_log", 1, 0),
-    (GPT2, "backward", 24, 12),
+    (NullEngine, "backward", 8, 4), (NullEngine, "backward", 1, 1), (train_gpt2, "validate", 2, 5),
+    (Report, "sample", 1, 3), (os, "replace", 2, 4), (Report, "write_log", 1, 0), (NullEngine, "backward", 24, 12),
 ])
 def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owner, name, call, step):
     run = "-x 12 -v 5 -s 3 -g 3 -d 32 -n 4"
@@ -33,12 +33,12 @@ def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owne
 
 
 def test_interrupted_run_without_checkpoints(train, out, monkeypatch):
-    interrupt(monkeypatch, signal.SIGTERM, GPT2, "backward", 3)
+    interrupt(monkeypatch, signal.SIGTERM, NullEngine, "backward", 3)
     train("-x 10", stopped=True)
     assert complete(out) == [3]
 
 
-@pytest.mark.parametrize("owner, name, call", [(GPT2, "backward", 4), (os, "replace", 7), (os, "fsync", 16)])
+@pytest.mark.parametrize("owner, name, call", [(NullEngine, "backward", 4), (os, "replace", 7), (os, "fsync", 16)])
 def test_a_second_signal_stops_at_once(train, out, monkeypatch, owner, name, call):
     interrupt(monkeypatch, signal.SIGINT, owner, name, call, times=2)
     with pytest.raises(SystemExit, match="130"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from formulas import Order
-from runs import SAMPLES, N, complete
+from runs import SAMPLES, SHARDS, N
 
 from dev.run import checkpoints
 from dev.run.text import Sampler
@@ -32,26 +32,27 @@ def header(**words):
     return bytes(header)
 
 
-def test_layout_of_a_state_file(train, out, tiny, shards):
-    train("-x 41 -n 41 -s 3 -g 5")  # into the second epoch
+def test_layout_of_a_state_file(really_train, out, tiny, shards):
+    really_train("-x 41 -n 41 -s 3 -g 5")  # into the second epoch
     model, loader, order = GPT2.build(tiny), DataLoader(shards, 2, 8, should_shuffle=True), Order(SAMPLES)
-    for _ in range(41):
+    for step in range(41):
         order.draw()
         model.forward(*loader.next_batch())
         model.backward()
-        model.update(1e-2)
+        model.update(step, 1e-2)
     sampler = Sampler()
     for _ in range(14 * 4):  # steps 3, 6 … 39, and 41
         sampler.coin()
     expected = header(step=41, sampler=sampler.state, shard=order.shard, sample=order.sample)
     state = (out / "state_00000041_00000.bin").read_bytes()
     assert state[:1024] == expected
-    assert (np.frombuffer(state, "<f4", N, 1024) == model.m.memory).all() and model.m.memory.any()
-    assert (np.frombuffer(state, "<f4", N, 1024 + 4 * N) == model.v.memory).all() and model.v.memory.any()
+    for what, start in ("m", 1024), ("v", 1024 + 4 * N):
+        memory = model.host(what).memory
+        assert (np.frombuffer(state, "<f4", N, start) == memory).all() and memory.any()
     assert state[1024 + 8 * N:] == pack(order)
     weights = (out / "model_00000041.bin").read_bytes()
     assert struct.unpack("<8i", weights[:32]) == (20240326, 3, 64, 300, 2, 2, 32, 384) and not any(weights[32:1024])
-    assert weights[1024:] == model.params.memory.tobytes()
+    assert weights[1024:] == model.host("params").memory.tobytes()
     assert (out / "DONE_00000041").read_bytes() == b""
 
 
@@ -61,15 +62,21 @@ def test_bytes_of_the_order_after(shards, batches):
     for _ in range(batches):
         loader.next_batch()
         order.draw()
-    assert b"".join(bytes(array) for array in checkpoints.shuffle_state(loader)) == pack(order)
-    assert (loader.shard_index, loader.sample_index) == (order.shard, order.sample)
+    state = loader.state()
+    assert b"".join(bytes(array) for array in checkpoints.pack_order(state)) == pack(order)
+    assert (state["shard_index"], state["sample_index"]) == (order.shard, order.sample)
+    another = DataLoader(shards, 2, 8, should_shuffle=True)
+    another.restore({"shard_index": order.shard, "sample_index": order.sample,
+                     **checkpoints.unpack_order(pack(order), len(SHARDS))})
+    for _ in range(60):
+        assert (np.stack(another.next_batch()) == np.stack(loader.next_batch())).all()
 
 
 def llmc_checkpoint(folder, step, order, model_file, m, v, master=None):
     """What llm.c leaves in its output folder. order: None where it doesn't shuffle"""
     folder.mkdir()
     shutil.copy(model_file, folder / f"model_{step:08d}.bin")
-    position = {"shard": order.shard, "sample": order.sample} if order else {"shard": 1, "sample": 4, "shuffled": 0}
+    position = {"shard": order.shard, "sample": order.sample} if order else {"shard": 0, "sample": 4, "shuffled": 0}
     state = header(step=step, sampler=13371337, sampler_before=77, master=int(master is not None), **position)
     state += m.tobytes() + v.tobytes() + (b"" if master is None else master.tobytes()) + (pack(order) if order else b"")
     (folder / f"state_{step:08d}_00000.bin").write_bytes(state)
@@ -78,43 +85,48 @@ def llmc_checkpoint(folder, step, order, model_file, m, v, master=None):
 
 @pytest.mark.parametrize("step", [1, 24, 33, 34, 623])
 @pytest.mark.parametrize("master", [False, True])
-def test_a_run_of_llmc_goes_on(train, out, tiny, shards, rng, step, master):
+def test_a_run_of_llmc_goes_on(really_train, out, tiny, shards, rng, step, master):
     order = Order(SAMPLES)
     for _ in range(step):
         order.draw()
     m, v = (rng.uniform(0, 1e-4, N).astype(np.float32) for _ in range(2))
     model = GPT2.build(tiny)
-    model.allocate(2, 8)
-    weights = model.params.memory.copy()
+    model.prepare(2, 8)
+    weights = model.host("params").memory
     if master:  # a bfloat16 model is rounded; its master weights are exact
         llmc_checkpoint(out, step, order, tiny.replace(".bin", "_bf16.bin"), m, v, weights)
     else:
         llmc_checkpoint(out, step, order, tiny, m, v)
-    printed = train(f"-x {step + 60} -y 1 -n {step + 60}")
+    printed = really_train(f"-x {step + 60} -y 1 -n {step + 60}")
 
     tokens = [np.fromfile(path, np.uint16, offset=1024) for path in sorted(Path(shards).parent.glob("shard_*"))]
-    model.m.memory[:], model.v.memory[:], model.updates = m, v, step
-    losses = []
-    for _ in range(60):
+    model.host("m").memory[:], model.host("v").memory[:], losses = m, v, []
+    for later in range(60):
         shard, sample = order.draw()
         batch = tokens[shard][16 * sample:16 * sample + 17].astype(np.int32)
         losses.append(f"{model.forward(batch[:-1].reshape(2, 8), batch[1:].reshape(2, 8)):f}")
         model.backward()
-        model.update(1e-2)
+        model.update(step + later, 1e-2)
     assert re.findall(r"^step \d+: train loss (\S+)", printed, re.MULTILINE) == losses
     state = (out / f"state_{step + 60:08d}_00000.bin").read_bytes()
     assert state[1024 + 8 * N:] == pack(order) and struct.unpack("<Q", state[80:88]) == (13371337,)
 
 
-def test_a_run_of_llmc_that_does_not_shuffle_goes_on(train, out, tiny):
+def test_a_run_of_llmc_that_does_not_shuffle_goes_on(really_train, out, tiny, shards):
     llmc_checkpoint(out, 3, None, tiny, np.zeros(N, np.float32), np.zeros(N, np.float32))
-    train("-x 5 -a 1 -y 1 -n 5")
-    assert complete(out)[-1:] == [5] if (out / "run_00000003.json").exists() else (out / "DONE_00000005").exists()
+    printed = really_train("-x 5 -a 1 -y 1 -n 5")
+    model, (inputs, targets), losses = GPT2.build(tiny), DataLoader(shards.replace("*", "0"), 2, 8).next_batch(), []
+    for step in 3, 4:
+        losses.append((str(step), f"{model.forward(inputs, targets):f}"))
+        model.backward()
+        model.update(step, 1e-2)
+    assert re.findall(r"^step (\d): train loss (\S+)", printed, re.MULTILINE) == losses
+    assert (out / "DONE_00000005").exists()
 
 
-def test_the_same_tokens_in_a_batch_of_another_shape(train, out, shards):
-    train("-x 4 -n 2")
-    train("-x 5 -n 1 -y 1 -b 1 -t 16")
+def test_the_same_tokens_in_a_batch_of_another_shape(really_train, out, shards):
+    really_train("-x 4 -n 2")
+    really_train("-x 5 -n 1 -y 1 -b 1 -t 16")
     order, loader = Order(SAMPLES), DataLoader(shards, 1, 16, should_shuffle=True)
     for _ in range(5):
         order.draw()

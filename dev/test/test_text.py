@@ -39,7 +39,8 @@ def test_a_draw_exceeds_the_coin(monkeypatch):
 def test_reading_token_by_token_equals_reading_at_once():
     model, tokens = unsettled(ODD), batch(ODD, 1, 9)[0]
     for first in 1, 4:
-        model.cached, logits = 0, []
+        model.rewind()
+        logits = []
         for part in [tokens[0, :first], *tokens[0, first:, None]]:
             logits.append(model.read(part).copy())
         model.forward(tokens)

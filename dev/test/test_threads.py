@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import train_gpt2 as t
+from dev.run.engine import Tensors, size_of
 
 F32 = np.float32
 
@@ -15,15 +16,16 @@ pytestmark = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 3, reason="NUMB
 
 @pytest.fixture
 def same_bits(rng):
-    """same_bits(call, *outputs): call(work) must leave the same outputs with 1, 2 and 3 threads, whenever it runs."""
+    """same_bits(call, *outputs): call(scratch) must leave the same outputs with 1, 2 and 3 threads, every time."""
     def same_bits(call, *outputs):
         before, results = [np.copy(x) for x in outputs], []
         for threads in 1, 2, 3, 2, 3:
             numba.set_num_threads(threads)
-            work = np.full(t.work_shape(t.GPT2Config(512, 1, 128, 1, 1, 1)), np.nan, F32)
+            table = t.scratch_table(512)
+            scratch = Tensors(np.full(size_of(table), np.nan, F32), table)
             for x, old in zip(outputs, before):
                 x[:] = old
-            call(work)
+            call(scratch)
             results.append(b"".join(x.tobytes() for x in outputs))
         assert not np.isnan(outputs[0]).any()
         assert all(result == results[0] for result in results), [result == results[0] for result in results]
@@ -38,10 +40,10 @@ def zeros(*shape):
 def test_matmul(rng, same_bits, BT, C, OC):
     inp, weight, bias, dout = (rng.standard_normal(shape, F32) for shape in ((BT, C), (OC, C), OC, (BT, OC)))
     out, act = zeros(BT, OC), zeros(BT, OC)
-    same_bits(lambda work: t.matmul_forward(out, act, inp, weight, bias, dout, work), out, act)
+    same_bits(lambda s: t.matmul_forward(out, act, inp, weight, bias, dout, s.panels), out, act)
     dinp, dweight, dbias = zeros(BT, C), zeros(OC, C), zeros(OC)
     for add in False, True:
-        same_bits(lambda work, add=add: t.matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, work),
+        same_bits(lambda s, add=add: t.matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, s.panels),
                   dinp, dweight, dbias)
 
 
@@ -49,10 +51,10 @@ def test_matmul(rng, same_bits, BT, C, OC):
 def test_attention(rng, same_bits, B, T, NH, hs):
     qkv, dout = rng.standard_normal((B * T, 3 * NH * hs), F32), rng.standard_normal((B * T, NH * hs), F32)
     out, lse, dqkv = zeros(B * T, NH * hs), zeros(B, NH, T), zeros(B * T, 3 * NH * hs)
-    same_bits(lambda work: t.attention_forward(out, lse, qkv, work), out, lse)
-    same_bits(lambda work: t.attention_backward(dqkv, dout, out, lse, qkv, work), dqkv)
+    same_bits(lambda s: t.attention_forward(out, lse, qkv, s.panels, s.strips), out, lse)
+    same_bits(lambda s: t.attention_backward(dqkv, dout, out, lse, qkv, s.panels, s.strips), dqkv)
     k, v, y = qkv[:T, :NH * hs].copy(), dout[:T], zeros(NH * hs)
-    same_bits(lambda work: t.attention_decode(y, qkv[-1], k, v, NH), y)
+    same_bits(lambda _: t.attention_decode(y, qkv[-1], k, v, NH), y)
 
 
 def test_layernorm(rng, same_bits):
@@ -60,10 +62,10 @@ def test_layernorm(rng, same_bits):
     inp, dout = rng.standard_normal((BT, C), F32), rng.standard_normal((BT, C), F32)
     weight, bias = rng.standard_normal(C, F32), rng.standard_normal(C, F32)
     out, mean, rstd = zeros(BT, C), zeros(BT), zeros(BT)
-    same_bits(lambda work: t.layernorm_forward(out, mean, rstd, inp, weight, bias), out, mean, rstd)
+    same_bits(lambda _: t.layernorm_forward(out, mean, rstd, inp, weight, bias), out, mean, rstd)
     dinp, dweight, dbias = zeros(BT, C), zeros(C), zeros(C)
     for add in False, True:
-        same_bits(lambda work, add=add: t.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add),
+        same_bits(lambda _, add=add: t.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add),
                   dinp, dweight, dbias)
 
 
@@ -71,50 +73,52 @@ def test_encoder(rng, same_bits):
     B, T, C = 16, 256, 1000
     inp, dout = rng.integers(0, 5, (B, T), dtype=np.int32), rng.standard_normal((B * T, C), F32)
     wte, wpe, out = rng.standard_normal((5, C), F32), rng.standard_normal((T, C), F32), zeros(B * T, C)
-    same_bits(lambda work: t.encoder_forward(out, inp, wte, wpe, 0), out)
-    same_bits(lambda work: t.encoder_backward(wte, wpe, dout, inp, True), wte, wpe)
+    same_bits(lambda _: t.encoder_forward(out, inp, wte, wpe, 0), out)
+    same_bits(lambda _: t.encoder_backward(wte, wpe, dout, inp, True), wte, wpe)
 
 
 def test_classifier(rng, same_bits):
     logits, losses = rng.standard_normal((500, 5120), F32), zeros(500)
     targets = rng.integers(0, 5100, 500, dtype=np.int32)
-    same_bits(lambda work: t.fused_classifier(logits, losses, targets, F32(0.1), 5100), logits, losses)
+    same_bits(lambda _: t.fused_classifier(logits, losses, targets, F32(0.1), 5100), logits, losses)
 
 
 def test_gelu_adamw_and_norm(rng, same_bits):
     x, dx, out = (rng.standard_normal((1000, 3000), F32) for _ in range(3))
-    same_bits(lambda work: t.gelu_forward(out, x), out)
-    same_bits(lambda work: t.gelu_backward(dx, x), dx)
+    same_bits(lambda _: t.gelu_forward(out, x), out)
+    same_bits(lambda _: t.gelu_backward(dx, x), dx)
     params, grads, m, v = x.ravel(), dx.ravel(), zeros(x.size), zeros(x.size)
     numbers = [F32(n) for n in (1e-3, 0.9, 0.999, 10, 1000, 1e-8, 0.1, 1)]
-    same_bits(lambda work: t.adamw_update(params, grads, m, v, *numbers), params, m, v)
+    same_bits(lambda _: t.adamw_update(params, grads, m, v, *numbers), params, m, v)
     total = zeros(1).astype(np.float64)
 
-    def norm(work):
+    def norm(_):
         total[0] = t.sum_of_squares(grads).sum()
     same_bits(norm, total)
 
 
 def test_normal_numbers(rng, same_bits):
     out, u = zeros(1 << 20), rng.random(1 << 20, F32)
-    same_bits(lambda work: t.box_muller(out, u, F32(0.02)), out)
+    same_bits(lambda _: t.box_muller(out, u, F32(0.02)), out)
 
 
 TRAINING = """
 import contextlib, sys
-from train_gpt2 import GPT2, GPT2Config, DataLoader, compile_kernels
+from dev.run.checkpoints import write_model
+from train_gpt2 import GPT2, GPT2Config, DataLoader, init_random
+config = GPT2Config(150, 5000, 5120, 2, 3, 48)
+model = GPT2(config, weights=lambda params: init_random(config, params))
 with contextlib.redirect_stdout(sys.stderr):
-    compile_kernels()
-model = GPT2(GPT2Config(150, 5000, 5120, 2, 3, 48))
-model.init_random()
+    model.prepare(4, 150)
 loader = DataLoader(sys.argv[1], 4, 150, should_shuffle=True)
 for step in range(3):
     for micro_batch in range(2):
         print(step, repr(model.forward(*loader.next_batch())))
         model.backward()
-    print(step, repr(model.update(1e-3, weight_decay=0.1, grad_clip=1.0)))
+    print(step, repr(model.grad_norm()))
+    model.update(step, 1e-3, weight_decay=0.1, grad_clip=1.0)
     print(step, repr(model.forward(*loader.next_batch(), train=False)))
-model.write_checkpoint(sys.argv[2])
+write_model(sys.argv[2], model)
 """
 
 

@@ -26,8 +26,8 @@ def test_normal_numbers(n):
 
 def test_initial_weights():
     model, random, V, L, C = GPT2(ODD), np.random.RandomState(42), 37, 3, 20
-    model.params.memory.fill(np.nan)
-    model.init_random()
+    model.host("params").memory.fill(np.nan)
+    t.init_random(ODD, model.host("params"))
     w = tensors(model, "params")
     draws = [(w["wte"][:V], 0.02), (w["wpe"], 0.02)]
     for l in range(L):
