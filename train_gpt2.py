@@ -125,11 +125,10 @@ VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  #
 # MR * NV sums, NV vectors of B and one of A fit into the registers: AVX-512 and ARM's NEON have 32, the others 16.
 MR, NV = (8, 2) if VL == 16 else (4, 4) if platform.machine().lower() in ("arm64", "aarch64") else (4, 3)
 NR = NV * VL                       # a multiple of MR, and a divisor of GPT-2's sizes
-KC = 256                           # the panel of B has 12 to 32 kB: it stays in the L1 cache
-MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
-PANEL_B = MC * KC                  # offset of the panel of B in a thread's packed panels, behind the block of A
-PANELS = PANEL_B + KC * NR         # words of them all
 AMX = "+amx-bf16" in CPU_FEATURES and VL == 16
+KC, AMX_KC = 256, 384              # the panel of B has 12 to 32 kB: it stays in the L1 cache. AMX is not fed by that one
+MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
+PANELS = (MC + NR) * (AMX_KC if AMX else KC)  # words of a thread's packed panels: the block of A, the panel of B
 TILE, AMX_ROWS = 16, 32            # AMX's registers hold 16 rows of 16 words; four of them make 32 x 32 sums
 
 i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -160,6 +159,7 @@ def constant(value_of):
 
 numbers = constant(lambda dtype: 2 if dtype == types.uint32 else 1)                         # in a word
 panel_rows = constant(lambda dtype: AMX_ROWS if AMX and dtype == types.uint32 else MR)      # of A, that micro() takes
+panel_depth = constant(lambda dtype: AMX_KC if AMX and dtype == types.uint32 else KC)       # words
 panel_step = constant(lambda dtype: TILE if AMX and dtype == types.uint32 else 4)           # words, that micro() takes
 
 
@@ -271,13 +271,13 @@ def micro(typingctx, C, i, j, panels, a, b, kc, add):
         a, b = (element_pointer(context, builder, sig.args[3], panels, x)[0] for x in (a, b))
         paired = sig.args[3].dtype == types.uint32
         rows = row_pointers(builder, c, row_bytes, AMX_ROWS if paired and AMX else MR)
+        if paired and AMX:
+            tile_sums(builder, rows, a, b, kc, add, row_bytes)
+            return context.get_dummy_value()
         for row in rows:  # the sums' places come from memory while they are computed
             for column in range(15, NR, 16):
                 prefetch_line(builder, at(builder, row, column), 1)
-        if paired and AMX:
-            tile_sums(builder, rows, a, b, kc, add, row_bytes)
-        else:
-            vector_sums(builder, rows, a, b, kc, add, paired)
+        vector_sums(builder, rows, a, b, kc, add, paired)
         return context.get_dummy_value()
     return types.void(C, types.intp, types.intp, panels, types.intp, types.intp, types.intp, types.boolean), codegen
 
@@ -447,20 +447,22 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0):
     """
     M, N = C.shape
     K = A.shape[1]
-    R, step, many = panel_rows(panels), panel_step(panels), numbers(panels)
+    R, depth_max, step, many = panel_rows(panels), panel_depth(panels), panel_step(panels), numbers(panels)
+    panel_b = MC * depth_max  # where the panel of B begins, behind the block of A
     edge = np.empty((R, NR), np.float32)  # takes the sums where the tile ends inside a panel
     use_tiles(panels, True)
-    for k0 in range(0, K, KC * many):
-        k1 = min(K, k0 + KC * many)
+    for k0 in range(0, K, depth_max * many):
+        k1 = min(K, k0 + depth_max * many)
         depth = (k1 - k0 + many * step - 1) // (many * step) * step
         adding = add or k0 > 0
         for i in range(0, M, R):
-            pack(panels, i * KC, A[i:i + R, k0:k1], R, R != MR)
+            pack(panels, i * depth_max, A[i:i + R, k0:k1], R, R != MR)
         for j in range(0, N, NR):
-            pack(panels, PANEL_B, B[k0:k1, j:j + NR].T, NR, False)
-            following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + KC * many, :NR]).T
+            pack(panels, panel_b, B[k0:k1, j:j + NR].T, NR, False)
+            following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + depth_max * many, :NR]).T
             for i in range(0, M, R):
-                prefetch_part(following, i // R, (M + R - 1) // R)
+                if step != TILE:  # AMX is so fast that the processor's own prefetching does better
+                    prefetch_part(following, i // R, (M + R - 1) // R)
                 begin, end = 0, depth
                 if triangle == SCORES and j > i + R - 1 + d:
                     continue
@@ -468,7 +470,7 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0):
                     end = max(0, min(depth, (i + R + d - k0 + many * step - 1) // (many * step) * step))
                 elif triangle == UPPER:
                     begin = max(0, min(depth, (i + d - k0) // (many * step) * step))
-                a, b = i * KC + begin * R, PANEL_B + begin * NR
+                a, b = i * depth_max + begin * R, panel_b + begin * NR
                 if i + R <= M and j + NR <= N:
                     micro(C, i, j, panels, a, b, end - begin, adding)
                 else:
@@ -1361,7 +1363,7 @@ def multiply_in_cache(panels, repeats):
         C = np.empty((panel_rows(panels), NR), np.float32)
         use_tiles(panels, True)
         for _ in range(repeats):
-            micro(C, 0, 0, panels[thread], 0, PANEL_B, KC, False)
+            micro(C, 0, 0, panels[thread], 0, MC * panel_depth(panels), KC, False)
         use_tiles(panels, False)
 
 
