@@ -22,23 +22,22 @@ import glob
 import importlib
 import inspect
 import math
-import os
 import platform
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils, event
+from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, save
+from dev.run.compiling import load_kernels, start_threads
+from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.engine import DECAYED, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
@@ -369,62 +368,25 @@ def prefetch(typingctx, X, i, j):
 
 
 @inner
-def bf16_bits(x):
-    """The upper half of a float32, rounded to nearest, ties to even: a bfloat16. NaN stays NaN"""
-    bits = np.int64(np.float32(x).view(np.uint32))
-    return np.uint32(bits >> 16 | 64 if x != x else bits + 0x7FFF + (bits >> 16 & 1) >> 16)
-
-
-def word(panels, X, r, k):
-    """The panel word of X[r, k], or of that and X[r, k + 1]; 0 outside of X. See below for each type of panels"""
-
-
-@overload(word)
-def word_of(panels, X, r, k):
-    def exact(panels, X, r, k):
-        return X[r, k] if r < X.shape[0] and k < X.shape[1] else ZERO
-
-    def rounded(panels, X, r, k):
-        x = X[r, k] if r < X.shape[0] and k < X.shape[1] else ZERO
-        return np.uint32(bf16_bits(x) << np.uint32(16)).view(np.int32)
-
-    def pair(panels, X, r, k):
-        x = bf16_bits(X[r, k] if r < X.shape[0] and k < X.shape[1] else ZERO)
-        y = bf16_bits(X[r, k + 1] if r < X.shape[0] and k + 1 < X.shape[1] else ZERO)
-        return np.uint32(x | y << np.uint32(16))
-    return {types.float32: exact, types.int32: rounded, types.uint32: pair}[panels.dtype]
-
-
-def as_read(panels, x):
-    """A float32 as a product with such panels reads it"""
-
-
-@overload(as_read)
-def as_read_of(panels, x):
-    if panels.dtype == types.float32:
-        return lambda panels, x: x
-    return lambda panels, x: np.uint32(bf16_bits(x) << np.uint32(16)).view(np.float32)
-
-
-@inner
 def pack(panels, o, X, width, rowwise):
     """A panel from X (rows, depth): word o + n*width + r is X's row r at its nth word, with zeros for rows up to the
     panel's width and words up to a multiple of panel_step. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
     rows, depth = X.shape
     many, step = numbers(panels), panel_step(panels)
     total = (depth + many * step - 1) // (many * step) * step
-    whole_rows, whole = rows // MR * MR, depth // (many * MR) * MR
-    for n0 in range(0, whole, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
-        for r in range(0, whole_rows, MR):
-            for n in range(n0, min(whole, n0 + 16), MR):
-                if rowwise:
-                    pack_square(panels, o + n // TILE * TILE * width + r * TILE + n % TILE, TILE, X, r, n * many, True)
+    for n0 in range(0, total, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
+        for r in range(0, width, MR):
+            for n in range(n0, min(total, n0 + 16), MR):
+                place = o + (n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r)
+                stride = TILE if rowwise else width
+                if r + MR <= rows and (n + MR) * many <= depth:
+                    pack_square(panels, place, stride, X, r, n * many, rowwise)
                 else:
-                    pack_square(panels, o + n * width + r, width, X, r, n * many, False)
-    for r in range(width):
-        for n in range(whole if r < whole_rows else 0, total):
-            place = n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r
-            panels[o + place] = word(panels, X, r, n * many)
+                    padded = np.zeros((MR, many * MR), np.float32)  # X ends within the square
+                    for i in range(min(MR, rows - r)):
+                        for k in range(min(many * MR, depth - n * many)):
+                            padded[i, k] = X[r + i, n * many + k]
+                    pack_square(panels, place, stride, padded, 0, 0, rowwise)
 
 
 @inner
@@ -495,8 +457,9 @@ def take(typingctx, counter):
 
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
     def tile_product(C, A, B, add, panels, triangle=0, d=0):
-        if panels.dtype != np.float32:
-            A, B = (((np.vectorize(bf16_bits, otypes=[np.uint32])(X)) << 16).view(np.float32) for X in (A, B))
+        if panels.dtype != np.float32:  # rounds as rounded() does
+            A, B = (np.ascontiguousarray(X).view(np.uint32) for X in (A, B))
+            A, B = (((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32) for bits in (A, B))
         C[:] = A @ B + C if add else A @ B
 
     def take(counter):
@@ -648,14 +611,14 @@ def matmul_forward(out, act, inp, weight, bias, residual, panels):
     # out (B*T, OC) = inp (B*T, C) @ weight (OC, C).T + bias (OC,) + residual (B*T, OC); act (B*T, OC) = gelu(out)
     # bias, residual and act may be empty: then they are left out. panels (threads, PANELS)
     BT, OC = out.shape
-    if BT == 1:  # a matrix times a vector: each weight is used once, so all that counts is to read them in order
+    if BT == 1:  # a matrix times a vector uses each weight once: all that counts is to read them in order, as they are
         for block in prange((OC + 15) // 16):
             o0, o1 = block * 16, min(OC, block * 16 + 16)
             for o in range(o0, o1):
                 x, w = inp[0], weight[o]
                 total = ZERO
                 for i in range(x.size):
-                    total += as_read(panels, w[i]) * as_read(panels, x[i])
+                    total += w[i] * x[i]
                 out[0, o] = total
             finish_row(out, act, bias, residual, 0, o0, o1)
         return
@@ -694,21 +657,13 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
 
 # The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
 
-@kernel
-def finish_rows(out, act, bias, residual):
-    for bt in prange(len(out)):
-        finish_row(out, act, bias, residual, bt, 0, out.shape[1])
-
-
-@kernel
-def bias_backward(dbias, dout, add):
-    for block in prange((dbias.size + 63) // 64):
-        sum_rows(dbias, dout, block * 64, min(dbias.size, block * 64 + 64), add)
-
-
 def blas_forward(out, act, inp, weight, bias, residual, panels):
     np.matmul(inp, weight.T, out=out)
-    finish_rows(out, act, bias, residual)
+    for more in bias, residual:
+        if more.size:
+            out += more
+    if act.size:
+        gelu_forward(act, out)
 
 
 def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
@@ -717,7 +672,8 @@ def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
         dweight += dout.T @ inp
     else:
         np.matmul(dout.T, inp, out=dweight)
-    bias_backward(dbias, dout, add)
+    if dbias.size:
+        np.add(dbias if add else ZERO, dout.sum(0), out=dbias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,28 +905,6 @@ def fill_normal(out, std, random):
 # ---------------------------------------------------------------------------------------------------------------------
 # the model: its shape, its tensors, its weights, forward, backward, update
 
-@dataclass(frozen=True)
-class GPT2Config:
-    max_seq_len: int
-    vocab_size: int
-    padded_vocab_size: int  # a multiple of 128: the classifier's product has no ragged edge
-    num_layers: int
-    num_heads: int
-    channels: int
-
-
-def parameter_table(config):
-    """(name, shape) of the 16 parameter tensors, in the order in which every file holds them; weights are (out, in)."""
-    Vp, maxT, L, C = config.padded_vocab_size, config.max_seq_len, config.num_layers, config.channels
-    return [
-        ("wte", (Vp, C)), ("wpe", (maxT, C)),
-        ("ln1w", (L, C)), ("ln1b", (L, C)), ("qkvw", (L, 3 * C, C)), ("qkvb", (L, 3 * C)),
-        ("attprojw", (L, C, C)), ("attprojb", (L, C)), ("ln2w", (L, C)), ("ln2b", (L, C)),
-        ("fcw", (L, 4 * C, C)), ("fcb", (L, 4 * C)), ("fcprojw", (L, C, 4 * C)), ("fcprojb", (L, C)),
-        ("lnfw", (C,)), ("lnfb", (C,)),
-    ]
-
-
 NO_LAYERS = ("wte", "wpe", "lnfw", "lnfb")  # the others have a part for each layer
 LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
                  "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
@@ -1019,55 +953,6 @@ def memory_plan(config, B, T, recompute=1, train=True):
         "scratch": 4 * size_of(scratch_table(T)),
         "keys and values": 8 * config.num_layers * config.max_seq_len * config.channels,
     }
-
-
-GPT2_DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30),
-               72: (2880, 30), 84: (3456, 36)}  # layers: (channels, heads)
-GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 2048: (24, 128), 2560: (32, 80),
-                 4096: (32, 128), 12288: (96, 128)}  # channels: (layers, head size)
-
-
-def descriptor_config(descriptor):
-    """The GPT2Config that a descriptor names: d12, gpt2:d12, gpt3:c768 and so on. ValueError for an unknown one."""
-    family, _, name = descriptor.rpartition(":")
-    kind, number = name[:1], int(name[1:]) if name[1:].isdigit() else 0
-    if kind == "d" and family in ("", "gpt2") and number in GPT2_DEPTHS:
-        (C, NH), L, maxT = GPT2_DEPTHS[number], number, 1024
-    elif kind == "c" and family == "gpt3" and number in GPT3_CHANNELS:
-        (L, hs), C, maxT = GPT3_CHANNELS[number], number, 2048
-        NH = C // hs
-    else:
-        known = [f"d{d}" for d in GPT2_DEPTHS] + [f"gpt3:c{c}" for c in GPT3_CHANNELS]
-        raise ValueError(f"unknown model descriptor {descriptor!r}\n---> HINT: known are {' '.join(known)}")
-    return GPT2Config(maxT, 50257, 50304, L, NH, C)
-
-
-def model_config(name):
-    """The GPT2Config of a checkpoint file or of a descriptor, without reading or drawing any weights.
-
-    Raises FileNotFoundError, or ValueError where the file is not a whole checkpoint or the descriptor is unknown.
-    """
-    if not is_checkpoint(name):
-        return descriptor_config(name)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"no such checkpoint: {name}\n"
-                                "---> HINT: python dev/download_starter_pack.py fetches GPT-2's weights\n"
-                                "---> HINT: python dev/train_gpt2_torch.py -e gpt2 --write_dir data converts them\n"
-                                "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file")
-    with open(name, "rb") as file:
-        header = [int(x) for x in read_header(file, name, MODEL_MAGIC, (3, 5))]
-    version, (maxT, V, L, NH, C, Vp) = header[1], header[2:8]
-    config = GPT2Config(maxT, V, Vp, L, NH, C)
-    if min(header[2:8]) < 1 or max(header[2:8]) >= 1 << 24 or Vp < V:
-        raise ValueError(f"{name}: the sizes in its header make no sense: {config}")
-    if C % NH:
-        raise ValueError(f"{name}: its header says {C} channels and {NH} heads, but {NH} does not divide {C}")
-    check_size(name, HEADER_BYTES + (4 if version == 3 else 2) * size_of(parameter_table(config)))
-    return config
-
-
-def is_checkpoint(name):
-    return name.endswith(".bin") or os.path.exists(name)
 
 
 def read_checkpoint(path, params):
@@ -1387,14 +1272,6 @@ def measure_peak(panels):
     return len(panels) * repeats * 2 * rows * NR * KC * many / best
 
 
-@functools.cache  # once: who sets another number later means it
-def start_threads(number):
-    """Have kernels use so many threads, or all that Numba has where that is fewer."""
-    # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
-
-
 def draw(precision, attention_first=False):
     """Run the kernel that draws random weights."""
     fill_normal(np.empty(16, np.float32), 0.02, np.random.RandomState(42))
@@ -1421,42 +1298,7 @@ def run_kernels(precision, attention_first=False):
     model.forward(tokens, tokens)
     model.backward()
     model.update(0, 1e-4)
-    finish_rows(at.residual2, NOTHING, model.params.attprojb[0], NOTHING)  # these two serve NumPy's BLAS
-    bias_backward(model.grads.attprojb[0], at.residual2, False)
     multiply_in_cache(acts.panels, 1)
-
-
-class Refusal(event.Listener):
-    """Installed, it raises LookupError where Numba begins to compile."""
-
-    def on_start(self, event):
-        raise LookupError
-
-    def on_end(self, event):
-        pass
-
-
-@functools.cache
-def load_kernels(run, precision="fp32", processes=ALONE):
-    """Have every kernel that run(precision) calls in the cache, and load it from there: compiling is part of no step's time.
-
-    Where a kernel has just been compiled, Numba runs a version that its optimiser has been over once less than the
-    cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
-    the first run as in all later ones.
-    """
-    with processes.first():
-        try:
-            with event.install_listener("numba:compile", Refusal()):
-                return run(precision)
-        except LookupError:
-            processes.print("compiling the kernels: about half a minute, in the first run only")
-        folder = os.path.dirname(os.path.abspath(__file__))
-        command = f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; train_gpt2.{run.__name__}"
-        compilers = [subprocess.Popen([sys.executable, "-c", f"{command}({precision!r}, {first})"], stderr=subprocess.DEVNULL)
-                     for first in (False, True)]
-        for compiler in compilers:
-            compiler.wait()
-        return run(precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
