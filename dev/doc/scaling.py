@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dev.run.config import descriptor_config, parameter_table
 from dev.run.engine import size_of
-from train_gpt2 import descriptor_config, parameter_table
 
 MODELS = {"d12": "124M", "d24": "350M", "d36": "774M", "d48": "1558M"}
 

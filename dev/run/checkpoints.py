@@ -67,9 +67,8 @@ def newest_checkpoint(folder):
     for path in paths[:2]:
         if not os.path.isfile(path):
             before = f"from step {steps[-2]}" if len(steps) > 1 else "anew"
-            raise ValueError(f"{path} is missing, a part of the checkpoint of step {steps[-1]}\n---> HINT: bring it back,"
-                             " "
-                             f"or remove {done}: then -y 1 goes on {before}")
+            raise ValueError(f"{path} is missing, a part of the checkpoint of step {steps[-1]}\n"
+                             f"---> HINT: bring it back, or remove {done}: then -y 1 goes on {before}")
     return steps[-1], paths[0]
 
 

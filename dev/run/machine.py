@@ -1,8 +1,11 @@
 """
 What the operating system says: processors, memory.
 """
+import ctypes
 import math
 import os
+import platform
+import sys
 
 
 def allowed_cpus():
@@ -25,6 +28,15 @@ def threads_of(processes):
     """The threads that this process should use: OMP_NUM_THREADS, or its part of the processors of its machine"""
     wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.environ.get("NUMBA_NUM_THREADS", "")
     return int(wish) if wish else max(1, available_cpus() // processes.sharers)
+
+
+def allow_amx():
+    """Ask Linux for the use of the processor's AMX registers; False where there is no such thing to ask for. Threads
+    that are started later may use them too."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def available_memory():

@@ -75,7 +75,7 @@ def test_output_without_room_and_without_a_place(given, out, redirection):
 
 
 def test_a_terminal_that_is_closed(given, out):
-    """Writing there is an error from then on, and the system says so by SIGHUP: a checkpoint is written, the run ends."""
+    """Writing there is an error from then on, and the system says so by SIGHUP: the run ends with a checkpoint."""
     pty = pytest.importorskip("pty")
     child, terminal = pty.fork()
     if child == 0:

@@ -8,6 +8,7 @@ import pytest
 
 import train_gpt2 as t
 from dev.run.engine import Tensors, size_of
+from dev.run.random_weights import box_muller
 
 F32 = np.float32
 
@@ -99,7 +100,7 @@ def test_gelu_adamw_and_norm(rng, same_bits):
 
 def test_normal_numbers(rng, same_bits):
     out, u = zeros(1 << 20), rng.random(1 << 20, F32)
-    same_bits(lambda _: t.box_muller(out, u, F32(0.02)), out)
+    same_bits(lambda _: box_muller(out, u, F32(0.02)), out)
 
 
 TRAINING = """
