@@ -3,14 +3,17 @@ Checks the trainer against PyTorch's numbers: logits, loss and gradients of one 
 
     python test_gpt2.py                      the tiny model in dev/test/, and GPT-2 124M where data/ holds its state
     python test_gpt2.py MODEL.bin STATE.bin  any checkpoint and debug state (dev/train_gpt2_torch.py writes them)
+    python test_gpt2.py --device cuda --precision bf16 ...    by another engine, or in another precision
 
 It prints what llm.c's test prints, but its bounds are relative as well, so that a gradient of zeros does not pass,
 and its exit status is 1 when anything is wrong.
 """
+import argparse
 import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -24,10 +27,11 @@ GPT2_124M = ("data/gpt2_124M.bin", "data/gpt2_124M_debug_state.bin")
 LOSSES_124M = [5.270007133483887, 4.059706687927246, 3.3751230239868164, 2.8007826805114746, 2.315382242202759,
                1.8490285873413086, 1.3946564197540283, 0.9991465210914612, 0.6240804195404053, 0.37651097774505615]
 
-LOGITS_BOUND = 2e-4    # largest difference
-LOSS_BOUND = 1e-5      # relative
-GRADIENT_BOUND = 1e-4  # of a tensor: norm of the difference relative to the norm, and largest relative to the largest
-STEPS_BOUND = 1e-4     # difference of each of the ten losses
+# logits: largest difference, by the largest logit; loss: relative; gradient: of a tensor, norm of the
+# difference relative to the norm, and largest relative to the largest; steps: difference of each of the ten losses
+BOUNDS = {"fp32": SimpleNamespace(logits=lambda largest: 2e-4, loss=1e-5, gradient=1e-4, largest=1e-4, steps=1e-4),
+          "bf16": SimpleNamespace(logits=lambda largest: 3e-2 * largest, loss=1e-3, gradient=2e-2, largest=6e-2,
+                                  steps=1e-2)}
 
 
 def read_state(path, engine):
@@ -42,30 +46,31 @@ def read_state(path, engine):
         return x, y, logits, loss, Tensors(np.fromfile(file, np.float32, N), engine.table)
 
 
-def check_tensor(name, ours, theirs):
+def check_tensor(name, ours, theirs, bounds):
     """Compare a gradient, layer by layer where it has layers; True if all are within the bound."""
     print(name)
     for a, b in zip(ours.ravel()[:5], theirs.ravel()[:5]):
-        print(f"{'OK' if abs(a - b) <= GRADIENT_BOUND * np.abs(theirs).max() else 'NOT OK'} {a:f} {b:f}")
+        print(f"{'OK' if abs(a - b) <= bounds.largest * np.abs(theirs).max() else 'NOT OK'} {a:f} {b:f}")
     ok = True
     for a, b in zip(ours, theirs) if name[1:] not in ("wte", "wpe", "lnfw", "lnfb") else [(ours, theirs)]:
         difference = (a - b).astype(np.float64)
-        ok &= bool(np.linalg.norm(difference) <= GRADIENT_BOUND * np.linalg.norm(b.astype(np.float64)))
-        ok &= bool(np.abs(difference).max() <= GRADIENT_BOUND * np.abs(b).max())
+        ok &= bool(np.linalg.norm(difference) <= bounds.gradient * np.linalg.norm(b.astype(np.float64)))
+        ok &= bool(np.abs(difference).max() <= bounds.largest * np.abs(b).max())
     print(f"TENSOR {'OK' if ok else 'NOT OK'}, maxdiff = {np.abs(ours - theirs).max():e}")
     return ok
 
 
-def check(model_path, state_path):
+def check(model_path, state_path, device="cpu", precision=None, **options):
     """Run the whole comparison for one model; True if everything is within its bounds."""
-    engine = build(model_path)
+    bounds = BOUNDS[precision or ("fp32" if device == "cpu" else "bf16")]
+    engine = build(model_path, device, precision, **options)
     x, y, expected_logits, expected_loss, expected_grads = read_state(state_path, engine)
     print(f"{model_path}: {engine.num_parameters:,} parameters, B = {x.shape[0]}, T = {x.shape[1]}")
 
     engine.prepare(*x.shape)
     engine.forward(x)
     max_diff = max(float(np.abs(engine.logits(i) - row).max()) for i, row in enumerate(expected_logits))
-    ok = max_diff < LOGITS_BOUND
+    ok = max_diff < bounds.logits(float(np.abs(expected_logits).max()))
     print(f"{'OK' if ok else 'NOT OK'} (LOGITS), max_diff = {max_diff:e}")
 
     reference_path, losses = os.path.splitext(state_path)[0] + ".json", LOSSES_124M
@@ -82,17 +87,17 @@ def check(model_path, state_path):
         loss = float(engine.forward(x, y))
         engine.backward()
         if step == 0:
-            loss_ok = abs(loss - expected_loss) <= LOSS_BOUND * abs(expected_loss)
+            loss_ok = abs(loss - expected_loss) <= bounds.loss * abs(expected_loss)
             print(f"LOSS {'OK' if loss_ok else 'NOT OK'}: {loss:f} {expected_loss:f}")
             ok &= loss_ok
             grads = engine.host("grads")
             for name, _ in engine.table:
-                ok &= check_tensor(f"d{name}", getattr(grads, name), getattr(expected_grads, name))
+                ok &= check_tensor(f"d{name}", getattr(grads, name), getattr(expected_grads, name), bounds)
             padding_ok = not grads.wte[engine.config.vocab_size:].any()
             print(f"PADDING OF wte {'OK' if padding_ok else 'NOT OK'}")
             ok &= padding_ok
         engine.update(step, **settings)
-        step_ok = abs(loss - expected) < STEPS_BOUND
+        step_ok = abs(loss - expected) < bounds.steps
         print(f"step {step}: loss {loss:f} (took {(time.perf_counter() - start) * 1000:f} ms) OK = {int(step_ok)}")
         ok &= step_ok
     print(f"overall okay: {int(ok)}", flush=True)
@@ -100,14 +105,22 @@ def check(model_path, state_path):
 
 
 def main(argv):
-    if len(argv) not in (0, 2):
-        print(__doc__, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser("test_gpt2.py", description=__doc__.strip().split("\n")[0])
+    parser.add_argument("files", nargs="*", metavar="MODEL.bin STATE.bin", help="a checkpoint and its debug state")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", choices=("fp32", "bf16"))
+    parser.add_argument("--tf32", type=int, default=0, choices=(0, 1), help="on a GPU with fp32")
+    parser.add_argument("--attention", default="auto", choices=("auto", "cudnn", "own"), help="on a GPU")
+    args = parser.parse_args(argv)
+    if len(args.files) not in (0, 2):
+        parser.error("name a checkpoint and its debug state, or neither")
     root = os.path.dirname(os.path.abspath(__file__))
-    pairs = [argv] if argv else [[os.path.join(root, path) for path in pair] for pair in (TINY, GPT2_124M)]
+    pairs = [args.files] if args.files else [[os.path.join(root, path) for path in pair] for pair in (TINY, GPT2_124M)]
+    options = {} if args.device == "cpu" else {"tf32": args.tf32, "attention": args.attention}
     try:
         # every pair is checked, also after one that fails
-        results = [check(*pair) for pair in pairs if argv or pair[0].endswith("tiny.bin") or os.path.exists(pair[1])]
+        results = [check(*pair, args.device, args.precision, **options) for pair in pairs
+                   if args.files or pair[0].endswith("tiny.bin") or os.path.exists(pair[1])]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1291,15 +1291,17 @@ class DataLoader:
     the samples of each shard in a random order. Shards are memory-mapped, may have any size, and one that is too small
     for a batch is passed over.
 
-    pattern: a file name, or a glob pattern. vocab_size: a token beyond it is an error. Raises FileNotFoundError where
-    nothing matches, ValueError where a file is damaged or there is not enough data for one batch.
+    pattern: a file name, or a glob pattern; what exists is taken literally. vocab_size: a token beyond it is an error.
+    Raises FileNotFoundError where nothing matches, ValueError for a damaged file or too little data for one batch.
     """
 
     def __init__(self, pattern, B, T, process_rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
         if B < 1 or T < 1:
             raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
         self.B, self.T, self.rank, self.processes, self.vocab_size = B, T, process_rank, num_processes, vocab_size
-        self.files = sorted(glob.glob(pattern))
+        folder, name = os.path.split(pattern)
+        folder = glob.escape(folder) if os.path.isdir(folder) else folder
+        self.files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(os.path.join(folder, name)))
         if not self.files:
             raise FileNotFoundError(f"no file matches {pattern}\n---> HINT: python dev/data/tinyshakespeare.py writes "
                                     "Tiny Shakespeare's shards; dev/data/ has scripts for other text")

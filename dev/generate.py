@@ -21,6 +21,7 @@ import sys
 import time
 
 from dev.run.text import Sampler, Tokenizer, encode, generate
+from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import build
 
 
@@ -59,13 +60,16 @@ def write_sample(tokenizer, tokens, end):
 def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     engine = build(flags.model)
-    config, tokenizer = engine.config, Tokenizer()
-    if tokenizer.tokens is None:
+    config, own = engine.config, own_vocabulary(flags.model)
+    tokenizer = own or Tokenizer()
+    if own and own.tokens is None:
+        print(f"texts are printed as token numbers: {own.problem}", file=sys.stderr)
+    elif tokenizer.tokens is None:
         print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it",
               file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
-    prompt = encode(text) if text else [end]  # a text begins after the end of another
+    prompt = (own.encode if own else encode)(text) if text else [end]  # a text begins after the end of another
     with contextlib.redirect_stdout(sys.stderr):
         engine.prepare(1, config.max_seq_len, train=False)
 

@@ -212,6 +212,12 @@ def main(argv=None):
     parser.add_argument("--title", help="above the picture")
     flags = parser.parse_args(argv)
     try:
+        if flags.smooth is not None and flags.smooth < 1:
+            raise ValueError(f"--smooth is a number of steps, 1 or more, not {flags.smooth}\n"
+                             "---> HINT: --smooth 1 draws the losses as they are")
+        for name in "loss_min", "loss_max":
+            if not math.isfinite(getattr(flags, name) or 0):
+                raise ValueError(f"--{name} is a loss, not {getattr(flags, name)}\n---> HINT: leave it out")
         runs = []
         for name, path in find_runs(flags.runs):
             streams, malformed = read_log(path)

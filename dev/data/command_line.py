@@ -27,8 +27,9 @@ def run(main):
 
 def add_common_flags(parser, workers=False, shard_size=None):
     parser.add_argument("--data_dir", type=Path, default=DATA, help="where results go (default: data/)")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), default="gpt2",
-                        help="bytes: GPT-2's ids of single bytes, which need no vocabulary")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "tiny"), default="gpt2",
+                        help="bytes: GPT-2's ids of single bytes, which need no vocabulary; "
+                             "tiny: the same for dev/test/gpt2_tiny.bin, whose end of text is 299")
     if workers:
         parser.add_argument("--workers", type=int, default=0, help="processes that tokenise (default: one a core)")
     if shard_size:

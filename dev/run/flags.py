@@ -6,6 +6,9 @@ import math
 
 from dev.run.processes import launched
 
+# the flags that are an engine's options, by its device: others are ignored there
+OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
+
 
 def parse_flags(argv):
     """The flags as attributes, the micro-batches of a step, and options: an engine's own flags.
@@ -64,18 +67,23 @@ def parse_flags(argv):
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
     # the machine
     flag("--device", "cpu", "what computes", choices=("cpu", "cuda"))
-    flag("--precision", None, "what products read; default: fp32 on a CPU", str, choices=("fp32", "bf16"))
-    flag("--matmul", "auto", "matrix products by our kernels or by NumPy's BLAS", choices=("auto", "numba", "blas"))
+    flag("--precision", None, "what products read; default: fp32, on a GPU bf16", str, choices=("fp32", "bf16"))
+    flag("--matmul", None, "on a CPU: products by our kernels or NumPy's BLAS", str, choices=("auto", "numba", "blas"))
+    flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
+    flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
     # several processes
     flag("-pn --num_processes", launched(), "processes, which mpirun or srun starts", least=1)
     flag("-z --zero_stage", 0, "1: processes share AdamW's moments out", choices=(0, 1))
-    ignored = ["-f", "-w", "-ge", "-lg", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
+    ignored = ["-w", "-ge", "-lg", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
-    flags.options = {"matmul": flags.matmul} if flags.device == "cpu" else {}
-    flags.ignored = [name for name in ignored if hasattr(flags, name.strip("-"))]
+    flags.options = {name: getattr(flags, name) for name in OPTIONS[flags.device] if getattr(flags, name) is not None}
+    others = [(name, short) for device, names in OPTIONS.items() if device != flags.device
+              for name, short in names.items()]
+    flags.ignored = [short for name, short in others if getattr(flags, name) is not None]
+    flags.ignored += [name for name in ignored if hasattr(flags, name.strip("-"))]
     for name, (least, below) in ranges.items():
         value = getattr(flags, name)
         if isinstance(value, (int, float)) and not least <= value < below:

@@ -42,7 +42,8 @@ class Report:
         self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe(),
                  *self.processes.describe())
         if self.flags.ignored:
-            self.say(f"ignored, since they mean nothing on a CPU: {' '.join(self.flags.ignored)}")
+            where = {"cpu": "a CPU", "cuda": "a GPU"}[self.flags.device]
+            self.say(f"ignored, since they mean nothing on {where}: {' '.join(self.flags.ignored)}")
 
     def model(self, engine, memory, loader, val_loader):
         """memory: {what: bytes}, from the engine's prepare()"""
