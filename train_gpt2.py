@@ -1126,9 +1126,9 @@ class GPT2(Engine):
         # wte has the classifier's part, which is summed meanwhile. The encoder's part follows as the rows of all
         # processes, where they are fewer than those of wte: 124M's wte is a third of the model, and final at the end.
         rows = self.processes.size * len(dresidual) <= len(g.wte)
+        early = [g.wte, g.wpe][:1 + add] if rows else []
         if last:
-            early = [g.wte, g.wpe] if add else [g.wte]
-            self.processes.reduce([g.lnfw, g.lnfb] + (early if rows else []))
+            self.processes.reduce([g.lnfw, g.lnfb, *early])
         for l in reversed(range(self.config.num_layers)):
             at = self.layer(l)
             inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # what LayerNorm 1 and 2 read
@@ -1150,10 +1150,10 @@ class GPT2(Engine):
             k.layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], *stats, add)
             if last:
                 self.processes.reduce([getattr(g, name)[l] for name, _ in self.table if name not in NO_LAYERS])
-        inputs = self.inputs
+        parts = dresidual, self.inputs
         if last and rows:
-            dresidual, inputs = self.processes.together(dresidual), self.processes.together(inputs)
-        k.encoder_backward(g.wte, g.wpe, dresidual, inputs, add)
+            parts = map(self.processes.together, parts)
+        k.encoder_backward(g.wte, g.wpe, *parts, add)
         if last and not rows:
             self.processes.reduce([g.wte, g.wpe])
         self.micro_batches += 1
@@ -1346,7 +1346,6 @@ class DataLoader:
         self.sample_index += 1
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
-
     def state(self):
         """Where this loader is, for restore(): indices, and where it shuffles the present orders and its generator"""
         state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
@@ -1457,8 +1456,7 @@ def train(flags, processes=ALONE):
                 loader.reset()
             losses = []
             for micro_batch in range(flags.micro_batches):
-                # all processes go through the same batches and take turns: their number does not change the run
-                batches = [loader.next_batch() for _ in range(processes.size)]
+                batches = [loader.next_batch() for _ in range(processes.size)]  # the same ones, however many we are
                 losses.append(engine.forward(*batches[processes.rank]))
                 engine.backward(last=micro_batch == flags.micro_batches - 1)
             norm = engine.grad_norm()
