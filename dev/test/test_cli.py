@@ -248,6 +248,18 @@ def test_batches_that_cannot_be(refused, flags, words):
     refused(flags, *words)
 
 
+@pytest.mark.parametrize("flags", ["-t 65", "-b 0", "-b 2000000000", "-e d6 -t 1025", "-e d6 -b 0", "-e d6 -b 2000000"])
+def test_a_bad_batch_is_refused_before_weights_are_read(refused, monkeypatch, flags):
+    """or drawn, or kernels compiled"""
+    def too_early(*args):
+        raise AssertionError("too early")
+    for name in "read_checkpoint", "init_random", "load_kernels":
+        monkeypatch.setattr(train_gpt2, name, too_early)
+    refused(flags)
+    with pytest.raises(AssertionError, match="too early"):
+        refused(flags.split(" -")[0] if flags.startswith("-e") else "")
+
+
 def test_more_memory_than_there_is(refused, monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     refused("", "GiB of memory", "HINT")
