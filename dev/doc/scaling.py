@@ -4,12 +4,14 @@ The model in scaling.md: how many tokens a second N machines train, from what on
     python dev/doc/scaling.py                            micro-batches of 4 x 64 tokens, machines of 0.8 TFLOP/s
     python dev/doc/scaling.py -t 1024 --tflops 5
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import math
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dev.run.config import descriptor_config, parameter_table
 from dev.run.engine import size_of

@@ -38,6 +38,8 @@ def load_kernels(run, precision="fp32", processes=ALONE):
     cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
     the first run as in all later ones.
     """
+    if numba.config.DISABLE_JIT:
+        return None
     with processes.first():
         try:
             with event.install_listener("numba:compile", Refusal()):

@@ -2,12 +2,21 @@
 The trainer's command line.
 """
 import argparse
+import functools
 import math
 
 from dev.run.processes import launched
 
 # the flags that are an engine's options, by its device: others are ignored there
 OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
+
+
+def explain(parser, error, message):
+    """argparse's error, but for a bare -h, by which most programs mean help"""
+    if message.startswith("argument -h/") and "expected one argument" in message:
+        parser.exit(2, f"{parser.prog}: error: -h is HellaSwag, as in llm.c, and needs a 1 or a 0\n"
+                       "---> HINT: --help lists the flags\n")
+    error(message)
 
 
 def parse_flags(argv):
@@ -22,6 +31,7 @@ def parse_flags(argv):
         action = parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
         ranges[action.dest] = least, below
     parser.add_argument("--help", action="help", help="show this help")
+    parser.error = functools.partial(explain, parser, parser.error)
     # data and model
     flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
     flag("-j --input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")

@@ -25,9 +25,21 @@ def available_cpus():
 
 
 def threads_of(processes):
-    """The threads that this process should use: OMP_NUM_THREADS, or its part of the processors of its machine"""
-    wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(wish) if wish else max(1, available_cpus() // processes.sharers)
+    """The threads that this process should use: OMP_NUM_THREADS, as far as there are processors, or its part of the
+    processors of its machine. ValueError where that is not a number of threads"""
+    name = next((name for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if os.environ.get(name)), None)
+    cpus = available_cpus()
+    if not name:
+        return max(1, cpus // processes.sharers)
+    wish = os.environ[name].split(",")[0].strip()  # OpenMP's lists: of nested loops
+    if not (wish.isdecimal() and int(wish) > 0):
+        raise ValueError(f"{name}={os.environ[name]} is not a number of threads\n---> HINT: 1 or more; unset, every "
+                         "processor is used")
+    if int(wish) > cpus and name == "OMP_NUM_THREADS":
+        processes.print(f"{name}={wish}, but this process may use {cpus} processors: {cpus} threads are started",
+                        file=sys.stderr)
+        return cpus
+    return int(wish)
 
 
 def allow_amx():

@@ -225,7 +225,7 @@ def test_byte_ids_are_gpt2s(monkeypatch):
     gpt2 = vocabulary.get_encoder()
     assert [gpt2.encode_single_token(bytes([b])) for b in range(256)] == ByteEncoding.ids.tolist()
     assert gpt2.decode(ByteEncoding().encode_ordinary("naïve — 字\n").tolist()) == "naïve — 字\n"
-    assert gpt2.eot_token == ByteEncoding.eot_token == 50256
+    assert gpt2.eot_token == ByteEncoding().eot_token == 50256
 
 
 @needs_shared
