@@ -1,4 +1,4 @@
-"""What the operating system says, and what a run takes from it: threads for each process, the environment as it is."""
+"""What a process takes from its machine when it starts: its part of the processors, the environment as it is."""
 import json
 
 import numba
@@ -30,7 +30,7 @@ def test_processes_of_a_machine_share_its_processors(threads, cpus, sharers, exp
 
 
 @pytest.mark.parametrize("variables, expected", [
-    ({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "4,2"}, 4), ({"OMP_NUM_THREADS": "32"}, 32),
+    ({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "7,2"}, 7), ({"NUMBA_NUM_THREADS": "32"}, 32),
     ({"OMP_NUM_THREADS": ""}, 4), ({"OMP_NUM_THREADS": "", "NUMBA_NUM_THREADS": "5"}, 5),
     ({"NUMBA_NUM_THREADS": "7"}, 7), ({"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "7"}, 2)])
 def test_who_asks_for_threads_gets_them(threads, variables, expected):
