@@ -1,12 +1,13 @@
 # Every target works as the first command in a fresh clone: it makes .venv, fetches what it needs and runs.
 PYTHON ?= python3
 RUN = .venv/bin/python
+RUN_GPU = .venv-gpu/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
 # from scratch: a small model, about four minutes on two cores
 SCRATCH = -e d6 -b 8 -t 64 -x 300 -l 1e-3 -u 20 -q 0.1 -v 50 -s 100 --top_k 40
 
-.PHONY: train test test-full data text lint bench clean
+.PHONY: train train-gpu test test-gpu test-full data text lint bench bench-gpu clean
 
 train: data  ## GPT-2 124M on Tiny Shakespeare; without its weights or that text, a small model from scratch
 	@if [ -f data/gpt2_124M.bin ] && [ -f $(SHAKESPEARE)train.bin ]; then $(RUN) train_gpt2.py; \
@@ -35,11 +36,29 @@ lint: .venv/test
 	$(RUN) -m ruff check $$(git ls-files "*.py")
 
 clean:  ## the environment and compiled kernels; data/ stays
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=--torch puts PyTorch beside them
 	$(RUN) -m dev.bench $(ARGS)
+
+train-gpu: data .venv-gpu/ready  ## GPT-2 124M on an NVIDIA GPU, on the data of `make train`; driver 580 or newer
+	@if [ -f $(SHAKESPEARE)train.bin ]; then D=$(SHAKESPEARE); else D=$(PYDOC); fi; \
+	if [ -f data/gpt2_124M.bin ]; then M=data/gpt2_124M.bin; else M=d12; fi; \
+	$(RUN_GPU) train_gpt2.py --device cuda -e $$M -i $${D}train.bin -j $${D}val.bin -b 4 -t 1024 -x 100 -l 3e-4 -u 10
+
+test-gpu: .venv-gpu/ready  ## the tiny model's gradients in both precisions, and the GPU engine's tests
+	$(RUN_GPU) test_gpt2.py --device cuda --precision fp32
+	$(RUN_GPU) test_gpt2.py --device cuda --precision bf16
+	$(RUN_GPU) -m pytest dev/test/test_cuda.py dev/test/test_contract.py
+
+bench-gpu: .venv-gpu/ready  ## whole steps and kernels; ARGS=--torch puts compiled PyTorch beside them
+	$(RUN_GPU) -m dev.bench_gpu --kernels $(ARGS)
+
+.venv-gpu/ready: dev/engine/requirements.txt
+	$(PYTHON) -m venv .venv-gpu
+	$(RUN_GPU) -m pip install -q -r dev/engine/requirements.txt pytest
+	@touch $@
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -51,6 +70,6 @@ bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=
 	$(RUN) -m pip install -q pytest ruff
 	@touch $@
 
-.venv/dev: .venv/test dev/requirements.txt
-	$(RUN) -m pip install -q -r dev/requirements.txt
+.venv/dev: .venv/test dev/requirements.txt dev/run/requirements-mpi.txt
+	$(RUN) -m pip install -q -r dev/requirements.txt -r dev/run/requirements-mpi.txt
 	@touch $@

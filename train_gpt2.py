@@ -9,8 +9,7 @@ The loop is the same for every device. It drives an engine, which is what dev/ru
 here is the one for CPUs. What surrounds a run and would be the same for any model, such as text, checkpoints and every
 line that is printed, is plain Python in dev/run/.
 
-What it deliberately is not: a framework. There is no autograd (the backward pass is written out), no other model,
-and float32 is the only type that is computed with here.
+What it deliberately is not: a framework. There is no autograd (the backward pass is written out) and no other model.
 
     make train                                       the first run: data, weights, 40 steps
     python train_gpt2.py --help                      the flags
@@ -24,30 +23,34 @@ import inspect
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils, event
+from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import Run, newest_checkpoint, open_output, read_run_checkpoint, save
-from dev.run.engine import DECAYED, Engine, Tensors, aligned, size_of
+from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, requests
+from dev.run.compiling import load_kernels, start_threads
+from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
+from dev.run.console import open_console
+from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
-from dev.run.machine import peak_memory, require_memory, stop_on_signals, threads_of
+from dev.run.folder import Output, own_folder
+from dev.run.machine import allow_amx, peak_memory, require_memory, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
-from dev.run.processes import ALONE
+from dev.run.processes import ALONE, processes_of
+from dev.run.random_weights import draw, init_random
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
-from dev.run.text import Sampler, Tokenizer, encode
+from dev.run.stop import Stop
+from dev.run.text import Sampler, Tokenizer, encode, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -57,7 +60,8 @@ from dev.run.text import Sampler, Tokenizer, encode
 
 # `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
-kernel = njit(parallel=True, cache=True, error_model="numpy", fastmath=FASTMATH)
+# Kernels run without Python's lock: a thread may sum gradients over MPI meanwhile.
+kernel = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=FASTMATH)
 inner = njit(cache=True, error_model="numpy", fastmath=FASTMATH)
 exact = njit(cache=True, error_model="numpy", fastmath=FASTMATH - {"reassoc"})  # where the order of a sum matters
 
@@ -109,33 +113,67 @@ def exponentials(x, scale):
 # Matrix product: C (+)= A @ B for one tile of the output, on one thread
 #
 # A core multiplies far faster than it fetches, so a fast product is about reusing what was fetched:
-#   registers   micro() keeps MR x NR sums in vector registers during a whole loop over k: each step loads NR numbers
-#               of B and MR of A, and uses every one of them many times
-#   L1 cache    a panel of B, KC x NR, is packed: copied to where micro() reads it in order
-#   L2, L3      a block of A, MC x KC, is packed too, and multiplied with all panels of B before it is replaced
+#   registers   micro() keeps a block of sums in registers during a whole loop over k: each step loads NR numbers of B
+#               and a few of A, and uses every one of them many times
+#   L1 cache    a panel of B, KC words x NR, is packed: copied to where micro() reads it in order
+#   L2, L3      a block of A, MC x KC words, is packed too, and multiplied with all panels of B before it is replaced
 # Each sum adds its products in the order of k, however the output is cut into tiles: bits don't depend on threads.
+#
+# Panels are 32-bit words, whose type is the precision, so that Numba compiles each kernel once for each: float32 is a
+# number; uint32 two bfloat16, at k and k + 1, which AVX512-BF16 or AMX multiply and add up in float32; int32 a number
+# that was rounded to bfloat16, the same product for processors that have neither.
 
 CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
 VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  # floats in a vector register
 # MR * NV sums, NV vectors of B and one of A fit into the registers: AVX-512 and ARM's NEON have 32, the others 16.
 MR, NV = (8, 2) if VL == 16 else (4, 4) if platform.machine().lower() in ("arm64", "aarch64") else (4, 3)
 NR = NV * VL                       # a multiple of MR, and a divisor of GPT-2's sizes
-KC = 256                           # the panel of B has 12 to 32 kB: it stays in the L1 cache
+AMX = "+amx-bf16" in CPU_FEATURES and VL == 16
+PAIRS = AMX or "+avx512bf16" in CPU_FEATURES and VL == 16
+KC, AMX_KC = 256, 384              # the panel of B has 12 to 32 kB: it stays in the L1 cache. AMX is fed from L2
 MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
-PANEL_B = MC * KC                  # offset of the panel of B in a thread's packed panels, behind the block of A
-PANELS = PANEL_B + KC * NR         # floats of them all
+PANELS = (MC + NR) * (AMX_KC if AMX else KC)  # words of a thread's packed panels: the block of A, the panel of B
+TILE, AMX_ROWS = 16, 32            # AMX's registers hold 16 rows of 16 words; four of them make 32 x 32 sums
+i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+i8, i8p = ir.IntType(8), ir.IntType(8).as_pointer()
 
-f32, i32, i64, i8p = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+
+class BFloat(ir.Type):
+    """LLVM's type, which llvmlite doesn't have"""
+    _to_string = lambda self: "bfloat"
+    __eq__ = lambda self, other: isinstance(other, BFloat)
+    __hash__ = lambda self: hash(BFloat)
+
+
+def constant(value_of):
+    """A function of panels that is value_of(their dtype), known when its caller is compiled"""
+    @intrinsic
+    def constant(typingctx, panels):
+        value = value_of(panels.dtype)
+        return types.intp(panels), lambda context, builder, sig, args: ir.Constant(i64, value)
+    return constant
+
+
+numbers = constant(lambda dtype: 2 if dtype == types.uint32 else 1)                         # in a word
+panel_rows = constant(lambda dtype: AMX_ROWS if AMX and dtype == types.uint32 else MR)      # of A, that micro() takes
+panel_depth = constant(lambda dtype: AMX_KC if AMX and dtype == types.uint32 else KC)       # words
+panel_step = constant(lambda dtype: TILE if AMX and dtype == types.uint32 else 4)           # words, that micro() takes
 
 
 def element_pointer(context, builder, array_type, array, *index):
-    """LLVM code for the address of array[index], and for the array's strides"""
+    """LLVM code for the address of array[index], of 32-bit elements, and for the array's strides"""
     array = context.make_array(array_type)(context, builder, array)
     strides = cgutils.unpack_tuple(builder, array.strides, len(index))
     offset = ir.Constant(i64, 0)
     for i, stride in zip(index, strides):
         offset = builder.add(offset, builder.mul(i, stride))
     return builder.bitcast(builder.gep(builder.bitcast(array.data, i8p), [offset]), f32.as_pointer()), strides
+
+
+def call(builder, name, result, *args):
+    """LLVM code that calls one of LLVM's own functions"""
+    function_type = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
 
 def vector_load(builder, pointer, length):
@@ -148,80 +186,173 @@ def vector_store(builder, vector, pointer):
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4
 
 
-def row_pointers(builder, first, row_bytes):
-    """Pointers to MR rows that are row_bytes apart"""
+def row_pointers(builder, first, row_bytes, rows):
+    """Pointers to rows that are row_bytes apart"""
     first = builder.bitcast(first, i8p)
-    offsets = [builder.mul(row_bytes, ir.Constant(i64, r)) for r in range(MR)]
+    offsets = [builder.mul(row_bytes, ir.Constant(i64, r)) for r in range(rows)]
     return [builder.bitcast(builder.gep(first, [offset]), f32.as_pointer()) for offset in offsets]
 
 
 def prefetch_line(builder, pointer, write):
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32]),
-                                              "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(pointer, i8p)] + [ir.Constant(i32, x) for x in (write, 2 + write, 1)])
+    flags = [ir.Constant(i32, x) for x in (write, 2 + write, 1)]
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, i8p), *flags)
 
 
 def pick_lanes(builder, x, y, lanes):
     return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, len(lanes)), lanes))
 
 
+def at(builder, pointer, n):
+    return builder.gep(pointer, [n if isinstance(n, ir.Value) else ir.Constant(i64, n)])
+
+
+def multiply_add(builder, x, y, total, paired):
+    """total + x * y for vectors of words; of pairs both products are added"""
+    if not paired:
+        return call(builder, f"llvm.fmuladd.v{VL}f32", total.type, x, y, total)
+    x, y = (builder.bitcast(v, ir.VectorType(BFloat(), 2 * VL)) for v in (x, y))
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, x, y)
+
+
+def vector_sums(builder, row, a, b, kc, add, paired):
+    """micro() with MR x NV vectors of sums"""
+    for pointer in row:  # the sums' places come from memory while they are computed
+        for column in range(15, NR, 16):
+            prefetch_line(builder, at(builder, pointer, column), 1)
+    zero = ir.Constant(ir.VectorType(f32, VL), [0.0] * VL)
+    sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(NV)] for _ in range(MR)]
+    with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 2)), intp=i64) as loop:
+        ak, bk = (at(builder, p, builder.mul(loop.index, ir.Constant(i64, 4 * n))) for p, n in ((a, MR), (b, NR)))
+        for k in range(4):
+            bs = [vector_load(builder, at(builder, bk, k * NR + v * VL), VL) for v in range(NV)]
+            for r in range(MR):
+                x = pick_lanes(builder, vector_load(builder, at(builder, ak, k * MR + r), 1),
+                               ir.Constant(ir.VectorType(f32, 1), ir.Undefined), [0] * VL)
+                for y, s in zip(bs, sums[r]):
+                    builder.store(multiply_add(builder, x, y, builder.load(s), paired), s)
+    for r in range(MR):
+        for v in range(NV):
+            p = at(builder, row[r], v * VL)
+            before = builder.select(add, vector_load(builder, p, VL), zero)
+            vector_store(builder, builder.fadd(before, builder.load(sums[r][v])), p)
+
+
+def tile_sums(builder, row, a, b, kc, add, row_bytes):
+    """micro() with AMX: 2 x 2 registers of 16 x 16 sums; registers 4, 5 take A, 6, 7 B"""
+    number, line, void = [ir.Constant(i8, n) for n in range(8)], ir.Constant(i64, 64), ir.VoidType()
+    tile = lambda name, n, p, stride: call(builder, f"llvm.x86.tile{name}64", void, number[n],
+                                           builder.bitcast(p, i8p), stride)
+    corners = [(2 * r + c, at(builder, row[TILE * r], TILE * c)) for r in range(2) for c in range(2)]
+    with builder.if_else(add) as (adding, writing):
+        with adding:
+            for n, p in corners:
+                tile("loadd", n, p, row_bytes)
+        with writing:
+            for n, _ in corners:
+                call(builder, "llvm.x86.tilezero", void, number[n])
+    with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 4)), intp=i64) as loop:
+        ak, bk = (at(builder, p, builder.mul(loop.index, ir.Constant(i64, TILE * 32))) for p in (a, b))
+        for n in range(2):
+            tile("loadd", 4 + n, at(builder, ak, TILE * TILE * n), line)
+            tile("loadd", 6 + n, at(builder, bk, TILE * n), ir.Constant(i64, 4 * NR))
+        for n in range(4):
+            call(builder, "llvm.x86.tdpbf16ps", void, number[n], number[4 + n // 2], number[6 + n % 2])
+    for n, p in corners:
+        tile("stored", n, p, row_bytes)
+
+
 @intrinsic
 def micro(typingctx, C, i, j, panels, a, b, kc, add):
-    """C[i:i+MR, j:j+NR] (+)= the panel of A at panels[a:] times that of B at panels[b:], kc deep: a multiple of 4"""
+    """C[i:i+panel_rows, j:j+NR] (+)= the panel of A at panels[a:] times that of B at panels[b:], kc words deep: a
+    multiple of panel_step"""
     def codegen(context, builder, sig, args):
         C, i, j, panels, a, b, kc, add = args
         c, (row_bytes, _) = element_pointer(context, builder, sig.args[0], C, i, j)
-        a, _ = element_pointer(context, builder, sig.args[3], panels, a)
-        b, _ = element_pointer(context, builder, sig.args[3], panels, b)
-        row = row_pointers(builder, c, row_bytes)
-        vector = ir.VectorType(f32, VL)
-        fma_type = ir.FunctionType(vector, [vector] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fmuladd.v{VL}f32")
-        at = lambda p, n: builder.gep(p, [n if isinstance(n, ir.Value) else ir.Constant(i64, n)])
-        for r in range(MR):  # the sums' places come from memory while they are computed
-            for column in range(15, NR, 16):
-                prefetch_line(builder, at(row[r], column), 1)
-        zero = ir.Constant(vector, [0.0] * VL)
-        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(NV)] for _ in range(MR)]
-        with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 2)), intp=i64) as loop:
-            ak, bk = (at(p, builder.mul(loop.index, ir.Constant(i64, 4 * width))) for p, width in ((a, MR), (b, NR)))
-            for k in range(4):
-                bs = [vector_load(builder, at(bk, k * NR + v * VL), VL) for v in range(NV)]
-                for r in range(MR):
-                    x = pick_lanes(builder, vector_load(builder, at(ak, k * MR + r), 1),
-                                ir.Constant(ir.VectorType(f32, 1), ir.Undefined), [0] * VL)
-                    for y, s in zip(bs, sums[r]):
-                        builder.store(builder.call(fma, [x, y, builder.load(s)]), s)
-        for r in range(MR):
-            for v in range(NV):
-                p = at(row[r], v * VL)
-                before = builder.select(add, vector_load(builder, p, VL), zero)
-                vector_store(builder, builder.fadd(before, builder.load(sums[r][v])), p)
+        a, b = (element_pointer(context, builder, sig.args[3], panels, x)[0] for x in (a, b))
+        paired = sig.args[3].dtype == types.uint32
+        rows = row_pointers(builder, c, row_bytes, AMX_ROWS if paired and AMX else MR)
+        if paired and AMX:
+            tile_sums(builder, rows, a, b, kc, add, row_bytes)
+        else:
+            vector_sums(builder, rows, a, b, kc, add, paired)
         return context.get_dummy_value()
     return types.void(C, types.intp, types.intp, panels, types.intp, types.intp, types.intp, types.boolean), codegen
 
 
 @intrinsic
-def pack_square(typingctx, out, o, width, X, i, j):
-    """out[o + k*width + r] = X[i + r, j + k] for r, k < MR, where X's rows or its columns are contiguous"""
+def use_tiles(typingctx, panels, use):
+    """Before a thread's first micro() with AMX its tile registers get their shape; after its last they are released."""
     def codegen(context, builder, sig, args):
-        out, o, width, X, i, j = args
-        x, strides = element_pointer(context, builder, sig.args[3], X, i, j)
+        if AMX and sig.args[0].dtype == types.uint32:
+            shape = bytearray(64)  # palette 1; bytes in a row, 16 bits for each of 8 registers; rows, 8 bits for each
+            shape[0], shape[16:32:2], shape[48:56] = 1, bytes([64] * 8), bytes([16] * 8)
+            with builder.if_else(args[1]) as (before, after):
+                with before:
+                    data = cgutils.global_constant(builder, "tile_shape", cgutils.make_bytearray(shape))
+                    call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(data, i8p))
+                with after:
+                    call(builder, "llvm.x86.tilerelease", ir.VoidType())
+        return context.get_dummy_value()
+    return types.void(panels, types.boolean), codegen
+
+
+def rounded(builder, x):
+    """A vector of float32 rounded to bfloat16, to nearest, ties to even; NaN stays NaN"""
+    vector = ir.VectorType(i32, x.type.count)
+    word = lambda n: ir.Constant(vector, [n] * vector.count)
+    bits = builder.bitcast(x, vector)
+    up = builder.add(builder.and_(builder.lshr(bits, word(16)), word(1)), word(0x7FFF))
+    result = builder.and_(builder.add(bits, up), word(-65536))
+    nan = builder.fcmp_unordered("uno", x, x)
+    return builder.bitcast(builder.select(nan, builder.or_(bits, word(1 << 22)), result), x.type)
+
+
+def pairs(builder, x):
+    """A vector of float32 rounded to bfloat16, as half as many words"""
+    vector = builder.fptrunc(x, ir.VectorType(BFloat(), x.type.count))
+    return builder.bitcast(vector, ir.VectorType(f32, x.type.count // 2))
+
+
+@intrinsic
+def pack_square(typingctx, out, o, width, X, i, j, rowwise):
+    """MR rows of MR words, X[i:, j:], where X's rows or its columns are contiguous: out[o + n*width:] is column n of
+    the words, or row n if `rowwise`"""
+    def codegen(context, builder, sig, args):
+        out, o, width, X, i, j, rowwise = args
+        dtype, x_type = sig.args[0].dtype, sig.args[3]
+        x, strides = element_pointer(context, builder, x_type, X, i, j)
         y, _ = element_pointer(context, builder, sig.args[0], out, o)
         by_rows = builder.icmp_signed("==", strides[1], ir.Constant(i64, 4))
-        vectors = [vector_load(builder, p, MR) for p in row_pointers(builder, x, builder.select(by_rows, *strides))]
+        load = lambda pointers, count: [vector_load(builder, p, count) for p in pointers]
+        if dtype != types.uint32:
+            vectors = load(row_pointers(builder, x, builder.select(by_rows, *strides), MR), MR)
+            vectors = [rounded(builder, v) for v in vectors] if dtype == types.int32 else vectors
+        else:
+            with builder.if_else(by_rows) as (rows, columns):
+                with rows:
+                    one = [pairs(builder, v) for v in load(row_pointers(builder, x, strides[0], MR), 2 * MR)]
+                    ones_block = builder.block
+                with columns:  # two of them side by side make pairs
+                    lanes = [lane for r in range(MR) for lane in (r, r + MR)]
+                    c = load(row_pointers(builder, x, strides[1], 2 * MR), MR)
+                    other = [pairs(builder, pick_lanes(builder, *c[n:n + 2], lanes)) for n in range(0, 2 * MR, 2)]
+                    others_block = builder.block
+            vectors = [builder.phi(v.type) for v in one]
+            for phi, *incoming in zip(vectors, one, other):
+                for v, block in zip(incoming, (ones_block, others_block)):
+                    phi.add_incoming(v, block)
         half, mixed = MR // 2, [lane for i in range(MR) for lane in (i, i + MR)]  # two vectors' lanes in turns
-        columns = vectors
+        turned = vectors
         for _ in range(MR.bit_length() - 1):  # vector i with i + half, log2(MR) times: then rows have become columns
-            columns = [pick_lanes(builder, columns[i], columns[i + half], lanes)
-                       for i in range(half) for lanes in (mixed[:MR], mixed[MR:])]
-        with builder.if_else(by_rows) as (transposing, copying):
-            for block, found in (transposing, columns), (copying, vectors):
+            turned = [pick_lanes(builder, turned[i], turned[i + half], lanes)
+                      for i in range(half) for lanes in (mixed[:MR], mixed[MR:])]
+        with builder.if_else(builder.icmp_unsigned("==", by_rows, rowwise)) as (copying, turning):
+            for block, result in (copying, vectors), (turning, turned):
                 with block:
-                    for k in range(MR):
-                        vector_store(builder, found[k], builder.gep(y, [builder.mul(width, ir.Constant(i64, k))]))
+                    for n in range(MR):
+                        vector_store(builder, result[n], at(builder, y, builder.mul(width, ir.Constant(i64, n))))
         return context.get_dummy_value()
-    return types.void(out, types.intp, types.intp, X, types.intp, types.intp), codegen
+    return types.void(out, types.intp, types.intp, X, types.intp, types.intp, types.boolean), codegen
 
 
 @intrinsic
@@ -235,17 +366,26 @@ def prefetch(typingctx, X, i, j):
 
 
 @inner
-def pack(panels, o, X, width):
-    """panels[o + k*width + r] = X[r, k], with zeros for r up to the panel's width and k up to a multiple of 4."""
+def pack(panels, o, X, width, rowwise):
+    """A panel from X (rows, depth): word o + n*width + r is X's row r at its nth word, with zeros for rows up to the
+    panel's width and words up to a multiple of panel_step. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
     rows, depth = X.shape
-    done = depth // MR * MR if rows == width else 0
-    for k0 in range(0, done, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
+    many, step = numbers(panels), panel_step(panels)
+    rowwise = rowwise and step == TILE  # known when this is compiled: only AMX's panels are
+    total = (depth + many * step - 1) // (many * step) * step
+    for n0 in range(0, total, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
         for r in range(0, width, MR):
-            for k in range(k0, min(done, k0 + 16), MR):
-                pack_square(panels, o + k * width + r, width, X, r, k)
-    for k in range(done, (depth + 3) // 4 * 4):
-        for r in range(width):
-            panels[o + k * width + r] = X[r, k] if r < rows and k < depth else ZERO
+            for n in range(n0, min(total, n0 + 16), MR):
+                place = o + (n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r)
+                stride = TILE if rowwise else width
+                if r + MR <= rows and (n + MR) * many <= depth:
+                    pack_square(panels, place, stride, X, r, n * many, rowwise)
+                else:
+                    padded = np.zeros((MR, many * MR), np.float32)  # X ends within the square
+                    for i in range(min(MR, rows - r)):
+                        for k in range(min(many * MR, depth - n * many)):
+                            padded[i, k] = X[r + i, n * many + k]
+                    pack_square(panels, place, stride, padded, 0, 0, rowwise)
 
 
 @inner
@@ -268,33 +408,38 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0):
     """
     M, N = C.shape
     K = A.shape[1]
-    edge = np.empty((MR, NR), np.float32)  # takes the sums where the tile ends inside a panel
-    for k0 in range(0, K, KC):
-        k1 = min(K, k0 + KC)
-        depth = (k1 - k0 + 3) // 4 * 4
+    R, depth_max, step, many = panel_rows(panels), panel_depth(panels), panel_step(panels), numbers(panels)
+    panel_b = MC * depth_max  # where the panel of B begins, behind the block of A
+    edge = np.empty((R, NR), np.float32)  # takes the sums where the tile ends inside a panel
+    use_tiles(panels, True)
+    for k0 in range(0, K, depth_max * many):
+        k1 = min(K, k0 + depth_max * many)
+        depth = (k1 - k0 + many * step - 1) // (many * step) * step
         adding = add or k0 > 0
-        for i in range(0, M, MR):
-            pack(panels, i * KC, A[i:i + MR, k0:k1], MR)
+        for i in range(0, M, R):
+            pack(panels, i * depth_max, A[i:i + R, k0:k1], R, R != MR)
         for j in range(0, N, NR):
-            pack(panels, PANEL_B, B[k0:k1, j:j + NR].T, NR)
-            following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + KC, :NR]).T
-            for i in range(0, M, MR):
-                prefetch_part(following, i // MR, (M + MR - 1) // MR)
+            pack(panels, panel_b, B[k0:k1, j:j + NR].T, NR, False)
+            following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + depth_max * many, :NR]).T
+            for i in range(0, M, R):
+                if step != TILE:  # AMX is so fast that the processor's own prefetching does better
+                    prefetch_part(following, i // R, (M + R - 1) // R)
                 begin, end = 0, depth
-                if triangle == SCORES and j > i + MR - 1 + d:
+                if triangle == SCORES and j > i + R - 1 + d:
                     continue
                 elif triangle == LOWER:
-                    end = max(0, min(depth, (i + MR + d - k0 + 3) // 4 * 4))
+                    end = max(0, min(depth, (i + R + d - k0 + many * step - 1) // (many * step) * step))
                 elif triangle == UPPER:
-                    begin = max(0, min(depth, (i + d - k0) // 4 * 4))
-                a, b = i * KC + begin * MR, PANEL_B + begin * NR
-                if i + MR <= M and j + NR <= N:
+                    begin = max(0, min(depth, (i + d - k0) // (many * step) * step))
+                a, b = i * depth_max + begin * R, panel_b + begin * NR
+                if i + R <= M and j + NR <= N:
                     micro(C, i, j, panels, a, b, end - begin, adding)
                 else:
                     micro(edge, 0, 0, panels, a, b, end - begin, False)
-                    for r in range(min(MR, M - i)):
+                    for r in range(min(R, M - i)):
                         for c in range(min(NR, N - j)):
                             C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
+    use_tiles(panels, False)
 
 
 @intrinsic
@@ -311,6 +456,9 @@ def take(typingctx, counter):
 
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
     def tile_product(C, A, B, add, panels, triangle=0, d=0):
+        if panels.dtype != np.float32:  # rounds as rounded() does
+            A, B = (np.ascontiguousarray(X).view(np.uint32) for X in (A, B))
+            A, B = (((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32) for bits in (A, B))
         C[:] = A @ B + C if add else A @ B
 
     def take(counter):
@@ -462,7 +610,7 @@ def matmul_forward(out, act, inp, weight, bias, residual, panels):
     # out (B*T, OC) = inp (B*T, C) @ weight (OC, C).T + bias (OC,) + residual (B*T, OC); act (B*T, OC) = gelu(out)
     # bias, residual and act may be empty: then they are left out. panels (threads, PANELS)
     BT, OC = out.shape
-    if BT == 1:  # a matrix times a vector: each weight is used once, so all that counts is to read them in order
+    if BT == 1:  # a matrix times a vector uses each weight once: all that counts is to read them in order, as they are
         for block in prange((OC + 15) // 16):
             o0, o1 = block * 16, min(OC, block * 16 + 16)
             for o in range(o0, o1):
@@ -508,21 +656,13 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
 
 # The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
 
-@kernel
-def finish_rows(out, act, bias, residual):
-    for bt in prange(len(out)):
-        finish_row(out, act, bias, residual, bt, 0, out.shape[1])
-
-
-@kernel
-def bias_backward(dbias, dout, add):
-    for block in prange((dbias.size + 63) // 64):
-        sum_rows(dbias, dout, block * 64, min(dbias.size, block * 64 + 64), add)
-
-
 def blas_forward(out, act, inp, weight, bias, residual, panels):
     np.matmul(inp, weight.T, out=out)
-    finish_rows(out, act, bias, residual)
+    for more in bias, residual:
+        if more.size:
+            out += more
+    if act.size:
+        gelu_forward(act, out)
 
 
 def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
@@ -531,7 +671,8 @@ def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
         dweight += dout.T @ inp
     else:
         np.matmul(dout.T, inp, out=dweight)
-    bias_backward(dbias, dout, add)
+    if dbias.size:
+        np.add(dbias if add else ZERO, dout.sum(0), out=dbias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -736,56 +877,8 @@ def adamw_update(params, grads, m, v, lr, beta1, beta2, correction1, correction2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# random numbers: llm.c's (and PyTorch's) initial weights, from the generator MT19937
-
-@kernel
-def box_muller(out, u, std):
-    # out (n,) normal, from u (n,) uniform in [0, 1), both in blocks of 16: eight radii and eight angles
-    for block in prange(out.size // 16):
-        for t in range(block * 16, block * 16 + 8):
-            radius = np.sqrt(-TWO * np.log(ONE - u[t] + np.float32(1e-12)))
-            theta = np.float32(2 * np.pi) * u[t + 8]
-            out[t] = radius * np.cos(theta) * std
-            out[t + 8] = radius * np.sin(theta) * std
-
-
-def fill_normal(out, std, random):
-    """Fill a flat array of 16 or more with normal numbers of mean 0. random: numpy's RandomState, their source"""
-    def uniforms(n):
-        bits = random.randint(0, 2**32, n, np.uint32) & np.uint32(0xFFFFFF)
-        return bits.astype(np.float32) * np.float32(2**-24)
-    std = np.float32(std)
-    box_muller(out, uniforms(out.size), std)
-    if out.size % 16:  # the last 16 are drawn anew
-        box_muller(out[-16:], uniforms(16), std)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the model: its shape, its tensors, its weights, forward, backward, update
 
-@dataclass(frozen=True)
-class GPT2Config:
-    max_seq_len: int
-    vocab_size: int
-    padded_vocab_size: int  # a multiple of 128: the classifier's product has no ragged edge
-    num_layers: int
-    num_heads: int
-    channels: int
-
-
-def parameter_table(config):
-    """(name, shape) of the 16 parameter tensors, in the order in which every file holds them; weights are (out, in)."""
-    Vp, maxT, L, C = config.padded_vocab_size, config.max_seq_len, config.num_layers, config.channels
-    return [
-        ("wte", (Vp, C)), ("wpe", (maxT, C)),
-        ("ln1w", (L, C)), ("ln1b", (L, C)), ("qkvw", (L, 3 * C, C)), ("qkvb", (L, 3 * C)),
-        ("attprojw", (L, C, C)), ("attprojb", (L, C)), ("ln2w", (L, C)), ("ln2b", (L, C)),
-        ("fcw", (L, 4 * C, C)), ("fcb", (L, 4 * C)), ("fcprojw", (L, C, 4 * C)), ("fcprojb", (L, C)),
-        ("lnfw", (C,)), ("lnfb", (C,)),
-    ]
-
-
-NO_LAYERS = ("wte", "wpe", "lnfw", "lnfb")  # the others have a part for each layer
 LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
                  "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
 
@@ -835,55 +928,6 @@ def memory_plan(config, B, T, recompute=1, train=True):
     }
 
 
-GPT2_DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30),
-               72: (2880, 30), 84: (3456, 36)}  # layers: (channels, heads)
-GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 2048: (24, 128), 2560: (32, 80),
-                 4096: (32, 128), 12288: (96, 128)}  # channels: (layers, head size)
-
-
-def descriptor_config(descriptor):
-    """The GPT2Config that a descriptor names: d12, gpt2:d12, gpt3:c768 and so on. ValueError for an unknown one."""
-    family, _, name = descriptor.rpartition(":")
-    kind, number = name[:1], int(name[1:]) if name[1:].isdigit() else 0
-    if kind == "d" and family in ("", "gpt2") and number in GPT2_DEPTHS:
-        (C, NH), L, maxT = GPT2_DEPTHS[number], number, 1024
-    elif kind == "c" and family == "gpt3" and number in GPT3_CHANNELS:
-        (L, hs), C, maxT = GPT3_CHANNELS[number], number, 2048
-        NH = C // hs
-    else:
-        known = [f"d{d}" for d in GPT2_DEPTHS] + [f"gpt3:c{c}" for c in GPT3_CHANNELS]
-        raise ValueError(f"unknown model descriptor {descriptor!r}\n---> HINT: known are {' '.join(known)}")
-    return GPT2Config(maxT, 50257, 50304, L, NH, C)
-
-
-def model_config(name):
-    """The GPT2Config of a checkpoint file or of a descriptor, without reading or drawing any weights.
-
-    Raises FileNotFoundError, or ValueError where the file is not a whole checkpoint or the descriptor is unknown.
-    """
-    if not is_checkpoint(name):
-        return descriptor_config(name)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"no such checkpoint: {name}\n"
-                                "---> HINT: python dev/download_starter_pack.py fetches GPT-2's weights\n"
-                                "---> HINT: python dev/train_gpt2_torch.py -e gpt2 --write_dir data converts them\n"
-                                "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file")
-    with open(name, "rb") as file:
-        header = [int(x) for x in read_header(file, name, MODEL_MAGIC, (3, 5))]
-    version, (maxT, V, L, NH, C, Vp) = header[1], header[2:8]
-    config = GPT2Config(maxT, V, Vp, L, NH, C)
-    if min(header[2:8]) < 1 or max(header[2:8]) >= 1 << 24 or Vp < V:
-        raise ValueError(f"{name}: the sizes in its header make no sense: {config}")
-    if C % NH:
-        raise ValueError(f"{name}: its header says {C} channels and {NH} heads, but {NH} does not divide {C}")
-    check_size(name, HEADER_BYTES + (4 if version == 3 else 2) * size_of(parameter_table(config)))
-    return config
-
-
-def is_checkpoint(name):
-    return name.endswith(".bin") or os.path.exists(name)
-
-
 def read_checkpoint(path, params):
     """Read all parameters from a checkpoint, version 3 (float32) or 5 (bfloat16), that model_config has checked."""
     with open(path, "rb") as file:
@@ -893,22 +937,6 @@ def read_checkpoint(path, params):
             for chunk in np.array_split(params.memory.view(np.uint32), 1 + (params.memory.size >> 22)):
                 chunk[:] = np.fromfile(file, np.uint16, chunk.size)
                 chunk <<= 16  # a bfloat16 is the upper half of a float32
-
-
-def init_random(config, params, seed=42):
-    """GPT-2's initial weights: normal with std 0.02, less where a layer adds to the residual stream."""
-    load_kernels(draw)
-    p, L, random = params, config.num_layers, np.random.RandomState(seed)
-    p.memory.fill(0)
-    for name in ("ln1w", "ln2w", "lnfw"):
-        getattr(p, name).fill(1)
-    for l in range(L):
-        if l == 0:
-            fill_normal(p.wte[:config.vocab_size].ravel(), 0.02, random)
-            fill_normal(p.wpe.ravel(), 0.02, random)
-        for weight, std in ((p.qkvw, 0.02), (p.attprojw, 0.02 / math.sqrt(2 * L)),
-                            (p.fcw, 0.02), (p.fcprojw, 0.02 / math.sqrt(2 * L))):
-            fill_normal(weight[l].ravel(), std, random)
 
 
 def build(name, device="cpu", precision=None, processes=ALONE, **options):
@@ -934,14 +962,19 @@ class GPT2(Engine):
 
     def __init__(self, config, table=None, weights=None, precision=None, processes=ALONE, matmul="auto"):
         super().__init__(config, table or parameter_table(config), processes)
-        if precision not in (None, "fp32"):
-            raise ValueError(f"no --precision {precision} on a CPU\n---> HINT: fp32 is what it computes with")
+        self.precision = precision or "fp32"
+        bf16 = np.uint32 if PAIRS and (not AMX or allow_amx()) else np.int32  # what this machine multiplies
+        self.panel_type = np.dtype(bf16 if self.precision == "bf16" else np.float32)
         start_threads(threads_of(processes))
+        self.moments = processes.moments(self.table)
         self.weights, self.recompute = weights, 1
         self.grads = self.m = self.v = self.acts = self.acts_key = None
         self.keys = self.values = None  # of the tokens that read() has read
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
-        self.blas = blas if matmul == "blas" or matmul == "auto" and "accelerate" in blas.lower() else None
+        if matmul == "blas" and self.precision == "bf16":
+            raise ValueError("--matmul blas multiplies float32\n---> HINT: --precision fp32, or --matmul numba")
+        accelerate = "accelerate" in blas.lower() and self.precision == "fp32"  # it has matrix units that LLVM hasn't
+        self.blas = blas if matmul == "blas" or matmul == "auto" and accelerate else None
         forward, backward = (blas_forward, blas_backward) if self.blas else (matmul_forward, matmul_backward)
         self.kernels = SimpleNamespace(**OTHER_KERNELS, matmul_forward=forward, matmul_backward=backward)
 
@@ -960,6 +993,9 @@ class GPT2(Engine):
 
     def describe(self):
         ours = f"Numba, {MR} x {NR} micro-kernel, {VL * 32}-bit vectors"
+        if self.precision == "bf16":
+            unit = "by float32 products" if self.panel_type == np.int32 else "by AMX" if AMX else "by AVX512-BF16"
+            ours = f"Numba, bfloat16 {unit}"
         product = f"NumPy's BLAS ({self.blas})" if self.blas else ours
         threads = numba.get_num_threads()  # starts them, which settles the threading layer
         return [f"threads: {threads} ({numba.threading_layer()}) | matrix product: {product}"]
@@ -967,9 +1003,10 @@ class GPT2(Engine):
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
         plan = memory_plan(self.config, B, T, recompute, train)
+        plan["parameters"] -= 8 * (self.num_parameters - size_of(self.moments)) if train else 0
         require_memory(sum(plan.values()))
         start = time.perf_counter()
-        load_kernels(run_kernels, self.processes)
+        load_kernels(run_kernels, self.precision, self.processes)
         self.processes.print(f"kernels: ready after {time.perf_counter() - start:.1f} s")
         plan["Python and kernels"] = peak_memory()
         self.recompute, self.num_activations = recompute, plan["activations"] // 4
@@ -993,9 +1030,10 @@ class GPT2(Engine):
             self.acts = None
             self.acts = Tensors(aligned(size_of(table)), table)
         self.acts, self.acts_key = Tensors(self.acts.memory, table), key
+        self.acts.panels = self.acts.panels.view(self.panel_type)
         if train and self.grads is None:
             self.grads = Tensors(aligned(self.num_parameters), self.table)
-            self.m, self.v = (Tensors(aligned(self.num_parameters, np.zeros), self.table) for _ in range(2))
+            self.m, self.v = (Tensors(aligned(size_of(self.moments), np.zeros), self.moments) for _ in range(2))
 
     def layer(self, l):
         """Layer l's activations: its part of the tensors in LAYER_TENSORS, some of which all layers share"""
@@ -1086,6 +1124,12 @@ class GPT2(Engine):
         dresidual.fill(0)
         inp = acts.residual3[-1]
         k.layernorm_backward(dresidual, g.lnfw, g.lnfb, dbtc, inp, p.lnfw, acts.lnf_mean, acts.lnf_rstd, add)
+        # wte has the classifier's part, which is summed meanwhile. The encoder's part follows as the rows of all
+        # processes, where they are fewer than those of wte: 124M's wte is a third of the model, and final at the end.
+        rows = self.processes.size * len(dresidual) <= len(g.wte)
+        early = [g.wte, g.wpe][:1 + add] if rows else []
+        if last:
+            self.processes.reduce([g.lnfw, g.lnfb, *early])
         for l in reversed(range(self.config.num_layers)):
             at = self.layer(l)
             inp, middle = acts.residual3[l - 1] if l > 0 else acts.encoded, at.residual2  # what LayerNorm 1 and 2 read
@@ -1107,9 +1151,12 @@ class GPT2(Engine):
             k.layernorm_backward(dresidual, g.ln1w[l], g.ln1b[l], dbtc, inp, p.ln1w[l], *stats, add)
             if last:
                 self.processes.reduce([getattr(g, name)[l] for name, _ in self.table if name not in NO_LAYERS])
-        k.encoder_backward(g.wte, g.wpe, dresidual, self.inputs, add)
-        if last:
-            self.processes.reduce([getattr(g, name) for name in NO_LAYERS])
+        parts = dresidual, self.inputs
+        if last and rows:
+            parts = map(self.processes.together, parts)
+        k.encoder_backward(g.wte, g.wpe, *parts, add)
+        if last and not rows:
+            self.processes.reduce([g.wte, g.wpe])
         self.micro_batches += 1
         self.pending = False
 
@@ -1126,10 +1173,16 @@ class GPT2(Engine):
         clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
         t = step + 1
         for name, _ in self.table:
-            p, g, m, v = (getattr(tensors, name).ravel() for tensors in (self.params, self.grads, self.m, self.v))
-            self.kernels.adamw_update(p, g, m, v, *(np.float32(x) for x in (
+            numbers = [np.float32(x) for x in (
                 learning_rate, beta1, beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t), eps,
-                weight_decay if name in DECAYED else 0, clip / (self.micro_batches * self.processes.size))))
+                weight_decay if name in DECAYED else 0, clip / (self.micro_batches * self.processes.size))]
+            p, g, m, v = (getattr(tensors, name) for tensors in (self.params, self.grads, self.m, self.v))
+            p, g = (x[None] if name in NO_LAYERS else x for x in (p, g))
+            shares = (list(m), list(v)) if self.processes.zero_stage else ([m], [v])
+            for piece in zip(self.processes.pieces(p), self.processes.pieces(g), *shares):
+                self.kernels.adamw_update(*(x.ravel() for x in piece), *numbers)
+            self.processes.gather(p)
+        self.processes.wait()
         self.micro_batches = 0
 
     def host(self, what):
@@ -1173,14 +1226,16 @@ OTHER_KERNELS = {function.__name__: function for function in (
 def multiply_in_cache(panels, repeats):
     # the micro-kernel on panels that stay in the L1 cache: what MFU calls 100 %
     for thread in prange(len(panels)):
-        C = np.empty((MR, NR), np.float32)
+        C = np.empty((panel_rows(panels), NR), np.float32)
+        use_tiles(panels, True)
         for _ in range(repeats):
-            micro(C, 0, 0, panels[thread], 0, PANEL_B, KC, False)
+            micro(C, 0, 0, panels[thread], 0, MC * panel_depth(panels), KC, False)
+        use_tiles(panels, False)
 
 
 def measure_peak(panels):
-    """This machine's float32 FLOP/s on all threads: the best of many short loops in 0.3 s, since neighbours may disturb
-    some of them. NaN in plain Python. panels (threads, PANELS): scratch memory"""
+    """This machine's FLOP/s on all threads, in the precision of panels (threads, PANELS), scratch memory: the best of
+    many short loops in 0.3 s, since neighbours may disturb some of them. NaN in plain Python"""
     if numba.config.DISABLE_JIT:
         return math.nan
     multiply_in_cache(panels, 1)
@@ -1189,29 +1244,17 @@ def measure_peak(panels):
         start = time.perf_counter()
         multiply_in_cache(panels, repeats)
         best = min(best, time.perf_counter() - start)
-    return len(panels) * repeats * 2 * MR * NR * KC / best
+    rows, many = (AMX_ROWS if AMX else MR, 2) if panels.dtype == np.uint32 else (MR, 1)
+    return len(panels) * repeats * 2 * rows * NR * KC * many / best
 
 
-@functools.cache  # once: who sets another number later means it
-def start_threads(number):
-    """Have kernels use so many threads, or all that Numba has where that is fewer."""
-    # Waiting threads sleep: 30 µs more for each kernel, but a busy neighbour makes threads that spin 500 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
-
-
-def draw(attention_first=False):
-    """Run the kernel that draws random weights."""
-    fill_normal(np.empty(16, np.float32), 0.02, np.random.RandomState(42))
-
-
-def run_kernels(attention_first=False):
+def run_kernels(precision, attention_first=False):
     """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache.
 
     attention_first: begin with the attention, else with the products, so that two processes compile different kernels
     """
-    draw()
-    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16), matmul="numba")
+    draw(precision)
+    model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16), precision=precision, matmul="numba")
     model.params.memory.fill(0)
     model.allocate(1, 3, True)
     tokens, acts, at = np.array([[1, 2, 3]], np.int32), model.acts, model.layer(0)
@@ -1226,42 +1269,7 @@ def run_kernels(attention_first=False):
     model.forward(tokens, tokens)
     model.backward()
     model.update(0, 1e-4)
-    finish_rows(at.residual2, NOTHING, model.params.attprojb[0], NOTHING)  # these two serve NumPy's BLAS
-    bias_backward(model.grads.attprojb[0], at.residual2, False)
     multiply_in_cache(acts.panels, 1)
-
-
-class Refusal(event.Listener):
-    """Installed, it raises LookupError where Numba begins to compile."""
-
-    def on_start(self, event):
-        raise LookupError
-
-    def on_end(self, event):
-        pass
-
-
-@functools.cache
-def load_kernels(run, processes=ALONE):
-    """Have every kernel that run() calls in the cache, and load it from there: compiling is part of no step's time.
-
-    Where a kernel has just been compiled, Numba runs a version that its optimiser has been over once less than the
-    cached one: the last bit of a sum may differ. So two other processes compile, and this one has the same bits in
-    the first run as in all later ones.
-    """
-    with processes.first():
-        try:
-            with event.install_listener("numba:compile", Refusal()):
-                return run()
-        except LookupError:
-            processes.print("compiling the kernels: about half a minute, in the first run only")
-        folder = os.path.dirname(os.path.abspath(__file__))
-        command = f"import sys; sys.path.insert(0, {folder!r}); import train_gpt2; train_gpt2.{run.__name__}"
-        compilers = [subprocess.Popen([sys.executable, "-c", f"{command}({first})"], stderr=subprocess.DEVNULL)
-                     for first in (False, True)]
-        for compiler in compilers:
-            compiler.wait()
-        return run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1274,15 +1282,17 @@ class DataLoader:
     the samples of each shard in a random order. Shards are memory-mapped, may have any size, and one that is too small
     for a batch is passed over.
 
-    pattern: a file name, or a glob pattern. vocab_size: a token beyond it is an error. Raises FileNotFoundError where
-    nothing matches, ValueError where a file is damaged or there is not enough data for one batch.
+    pattern: a file name, or a glob pattern; what exists is taken literally. vocab_size: a token beyond it is an error.
+    Raises FileNotFoundError where nothing matches, ValueError for a damaged file or too little data for one batch.
     """
 
     def __init__(self, pattern, B, T, process_rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
         if B < 1 or T < 1:
             raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
         self.B, self.T, self.rank, self.processes, self.vocab_size = B, T, process_rank, num_processes, vocab_size
-        self.files = sorted(glob.glob(pattern))
+        folder, name = os.path.split(pattern)
+        folder = glob.escape(folder) if os.path.isdir(folder) else folder
+        self.files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(os.path.join(folder, name)))
         if not self.files:
             raise FileNotFoundError(f"no file matches {pattern}\n---> HINT: python dev/data/tinyshakespeare.py writes "
                                     "Tiny Shakespeare's shards; dev/data/ has scripts for other text")
@@ -1337,7 +1347,6 @@ class DataLoader:
         self.sample_index += 1
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
-
     def state(self):
         """Where this loader is, for restore(): indices, and where it shuffles the present orders and its generator"""
         state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
@@ -1365,8 +1374,8 @@ class DataLoader:
 def shuffle(items, random):
     """Permute a list in place with the draws that llm.c makes, and return it. random: numpy's RandomState"""
     draws = random.randint(0, 2**32, max(0, len(items) - 1), np.uint32)
-    for i, draw in zip(range(len(items) - 1, 0, -1), draws.tolist()):
-        j = draw % (i + 1)
+    for i, number in zip(range(len(items) - 1, 0, -1), draws.tolist()):
+        j = number % (i + 1)
         items[i], items[j] = items[j], items[i]
     return items
 
@@ -1374,10 +1383,17 @@ def shuffle(items, random):
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
 
+NO_DATA = SimpleNamespace(num_tokens=0, num_batches=0)  # without validation no -j is needed
+
+
 def validate(engine, loader, batches):
-    """The mean loss of the loader's first `batches` batches"""
+    """The mean loss of the loader's first batches, one for each item of `batches`; the processes divide them"""
     loader.reset()
-    return sum(float(engine.forward(*loader.next_batch(), train=False)) for _ in range(batches)) / batches
+    processes, losses = engine.processes, []
+    for inputs, targets in (loader.next_batch() for _ in batches):
+        ours = len(losses) % processes.size == processes.rank
+        losses.append(float(engine.forward(inputs, targets, train=False)) if ours else 0.0)
+    return sum(processes.sum(np.array(losses)).tolist()) / len(losses)
 
 
 def train(flags, processes=ALONE):
@@ -1388,47 +1404,51 @@ def train(flags, processes=ALONE):
     report.program(engine)
 
     # the data, and what else can be wrong, before anything takes time or memory
-    ours = {"process_rank": processes.rank, "num_processes": processes.size, "vocab_size": engine.config.vocab_size}
-    val_loader = DataLoader(flags.input_val_bin, B, T, **ours)
-    overfit = bool(flags.overfit_single_batch)
-    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **ours)
+    overfit, known = bool(flags.overfit_single_batch), {"vocab_size": engine.config.vocab_size}
+    val_loader = DataLoader(flags.input_val_bin, B, T, **known) if flags.val_loss_every else NO_DATA
+    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **known)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
     examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
     tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     prompt = encode(flags.prompt) or [min(tokenizer.eot_token, engine.config.vocab_size - 1)]  # another text's end
+    processes.agree(checkpoint=resume_step or 0, training_tokens=loader.num_tokens,
+                    validation_tokens=val_loader.num_tokens, examples=len(examples))
 
     # the model, and where it left off
     report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
-    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz))
+    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.model)
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
-    if folder:
-        report.say(*open_output(flags, resume_step))
-    report.begin(run, steps, tokenizer)
-    stop = stop_on_signals()
+    report.begin(run, steps, tokenizer, output := Output(flags, run))
+
+    def checkpoint(due=False):  # if it is due or has been asked for. Has a stop been asked for?
+        stopping, saving = requests(folder, stop, processes)
+        if folder and ((stopping or saving) and output.wanted() or due):
+            report.checkpoint(run.step, output.save())
+            stopping = processes.any(stop.requested or stopping)
+        return stopping
+    stop = Stop(checkpoint, processes.size == 1)
 
     def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
-        return every and (run.step % every == 0 or run.step >= steps) and run.step != resume_step
+        return every and (run.step % every == 0 or run.step >= steps) and run.resumed != (run.step, True)
 
     with report.profile(engine):
         for step in range(run.step, max(steps, run.step) + 1):
             run.step, begun = step, step > 0 or steps == 0
 
-            # once in a while estimate the validation loss, and HellaSwag's accuracy
-            if due(flags.val_loss_every):
-                report.validation(step, validate(engine, val_loader, val_batches))
-                if examples:
-                    report.hellaswag(step, *score(engine, examples))
-
-            # once in a while draw a text from the model
-            if due(flags.sample_every) and begun:
-                report.sample(engine, tokenizer, sampler, prompt)
+            # once in a while estimate the validation loss, and HellaSwag's accuracy; draw a text from the model
+            with run.look():
+                if due(flags.val_loss_every):
+                    report.validation(step, validate(engine, val_loader, stop.during(range(val_batches))))
+                    if examples:
+                        report.hellaswag(step, *score(engine, stop.during(examples)))
+                if due(flags.sample_every) and begun:
+                    report.sample(tokenizer, stop.during(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
 
             # once in a while write a checkpoint
-            if folder and (due(flags.checkpoint_every) and begun or stop.requested and step != resume_step):
-                report.checkpoint(step, save(flags, run))
-            if step >= steps or stop.requested:
+            stopping = checkpoint(due(flags.checkpoint_every) and begun)
+            if step >= steps or stopping:
                 break
 
             # a training step
@@ -1437,10 +1457,11 @@ def train(flags, processes=ALONE):
                 loader.reset()
             losses = []
             for micro_batch in range(flags.micro_batches):
-                losses.append(engine.forward(*loader.next_batch()))
+                batches = [loader.next_batch() for _ in range(processes.size)]  # the same ones, however many we are
+                losses.append(engine.forward(*batches[processes.rank]))
                 engine.backward(last=micro_batch == flags.micro_batches - 1)
-            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             norm = engine.grad_norm()
+            loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             require_finite(step, loss, norm)
             learning_rate = scheduled_learning_rate(flags, step, steps)
             skip = run.outliers.far(loss, norm)
@@ -1449,20 +1470,27 @@ def train(flags, processes=ALONE):
             else:
                 engine.update(step, learning_rate, norm=norm, grad_clip=flags.grad_clip, beta1=flags.beta1,
                               beta2=flags.beta2, eps=flags.eps, weight_decay=flags.weight_decay)
+            output.begin()
             report.step(step, loss, norm, learning_rate, run.outliers if skip else None)
+    if run.step >= steps:
+        output.begin()  # where there was no step
     report.end()
 
 
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
+    open_console()
+    processes = ALONE
     try:
-        train(parse_flags(argv))
+        flags = parse_flags(argv)
+        processes = processes_of(flags)
+        with own_folder(flags, processes):
+            train(flags, processes)
+        processes.close()
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return processes.fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return processes.fail("stopped", 130)
     return 0
 
 

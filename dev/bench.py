@@ -48,6 +48,7 @@ from numba import prange
 
 import train_gpt2 as t
 from dev.run.checkpoints import write_model
+from dev.run.console import open_console
 from dev.run.engine import DECAYED, aligned
 from dev.run.files import SHARD_MAGIC, write_file
 from dev.run.machine import available_cpus, peak_memory
@@ -559,6 +560,7 @@ def run(flags):
 
 
 def main(argv=None):
+    open_console()
     flags = parse_flags(argv)
     try:
         if flags.worker:

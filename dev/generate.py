@@ -16,11 +16,12 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 
+from dev.run.console import lose, open_console, say
 from dev.run.text import Sampler, Tokenizer, encode, generate
+from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import build
 
 
@@ -59,13 +60,16 @@ def write_sample(tokenizer, tokens, end):
 def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     engine = build(flags.model)
-    config, tokenizer = engine.config, Tokenizer()
-    if tokenizer.tokens is None:
+    config, own = engine.config, own_vocabulary(flags.model)
+    tokenizer = own or Tokenizer()
+    if own and own.tokens is None:
+        print(f"texts are printed as token numbers: {own.problem}", file=sys.stderr)
+    elif tokenizer.tokens is None:
         print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it",
               file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
-    prompt = encode(text) if text else [end]  # a text begins after the end of another
+    prompt = (own.encode if own else encode)(text) if text else [end]  # a text begins after the end of another
     with contextlib.redirect_stdout(sys.stderr):
         engine.prepare(1, config.max_seq_len, train=False)
 
@@ -77,17 +81,19 @@ def run(flags):
             count += write_sample(tokenizer, tokens, None if flags.past_end else end)
     finally:
         seconds = time.perf_counter() - start
-        print(f"\n{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tok/s", file=sys.stderr)
+        say(f"\n{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tok/s", file=sys.stderr)
 
 
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
+    open_console()
     try:
         run(parse_flags(argv))
     except BrokenPipeError:  # as in `| head`: nobody wants the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lose(sys.stdout)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
+        say(end="")  # what a full disk did not take is lost now, not by an error of Python's at the end
         return 1
     except KeyboardInterrupt:
         return 130

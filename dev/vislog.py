@@ -18,6 +18,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from dev.run.console import open_console
+
 # What OpenAI's checkpoints reach: validation loss on FineWeb and HellaSwag accuracy, as in llm.c's dev/vislog.ipynb.
 GPT2 = {"124M": (3.424958, 0.294463), "350M": (3.083089, 0.375224),
         "774M": (3.000580, 0.431986), "1558M": (2.831273, 0.488946)}
@@ -201,6 +203,7 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
 
 
 def main(argv=None):
+    open_console()
     parser = argparse.ArgumentParser(prog="vislog.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder or log, optionally as NAME=PATH")
@@ -212,6 +215,12 @@ def main(argv=None):
     parser.add_argument("--title", help="above the picture")
     flags = parser.parse_args(argv)
     try:
+        if flags.smooth is not None and flags.smooth < 1:
+            raise ValueError(f"--smooth is a number of steps, 1 or more, not {flags.smooth}\n"
+                             "---> HINT: --smooth 1 draws the losses as they are")
+        for name in "loss_min", "loss_max":
+            if not math.isfinite(getattr(flags, name) or 0):
+                raise ValueError(f"--{name} is a loss, not {getattr(flags, name)}\n---> HINT: leave it out")
         runs = []
         for name, path in find_runs(flags.runs):
             streams, malformed = read_log(path)

@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+from dev.run.console import open_console
+
 DATA = Path(__file__).resolve().parents[2] / "data"  # where the scripts put what they make
 
 
 def run(main):
     """Call main(); bad input, a full disk, a dead network: one line on standard error, exit status 1."""
+    open_console()
     try:
         main()
     except KeyboardInterrupt:
@@ -27,8 +30,9 @@ def run(main):
 
 def add_common_flags(parser, workers=False, shard_size=None):
     parser.add_argument("--data_dir", type=Path, default=DATA, help="where results go (default: data/)")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), default="gpt2",
-                        help="bytes: GPT-2's ids of single bytes, which need no vocabulary")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "tiny"), default="gpt2",
+                        help="bytes: GPT-2's ids of single bytes, which need no vocabulary; "
+                             "tiny: the same for dev/test/gpt2_tiny.bin, whose end of text is 299")
     if workers:
         parser.add_argument("--workers", type=int, default=0, help="processes that tokenise (default: one a core)")
     if shard_size:

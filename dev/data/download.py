@@ -28,9 +28,9 @@ class Retry(Exception):
         self.wait = wait
 
 
-def download(url, path, size=None, sha256=None, timeout=30.0, retries=5):
+def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=False):
     """
-    Fetch url into path; nothing happens when it is already there. Returns path.
+    Fetch url into path; nothing happens when it is already there, unless `anew`. Returns path.
 
     size and sha256, where known, are checked; the size is also checked against what the server says. The bytes go to
     path.part, which an interrupted download leaves behind and the next one goes on from. Stalls (timeout, in seconds),
@@ -41,7 +41,7 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5):
     Raises OSError (network, disk) or ValueError (not the file that was expected).
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not anew:
         if size is not None and path.stat().st_size != size:
             say(f"{show(path)} has {path.stat().st_size:,} bytes instead of {size:,}; fetching it anew")
         elif sha256 is not None and file_sha256(path) != sha256:
@@ -143,6 +143,21 @@ def _fetch(url, part, size, timeout, progress):
     if total is not None and part.stat().st_size > total:
         part.unlink()
         raise Retry("more bytes than the file has; starting over")
+
+
+def remote_identity(url):
+    """What changes when the file at an address does ("ETag length"); "" where there is none, None without an answer."""
+    headers = {"Accept-Encoding": "identity"}
+    if url.startswith(HF + "/") and os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    try:
+        response = requests.head(url, headers=headers, allow_redirects=True, timeout=10)
+    except requests.RequestException:
+        return None
+    if response.status_code == 404:
+        return ""
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+    return f"{version} {response.headers.get('Content-Length')}" if response.ok and version else None
 
 
 def remote_size(url):

@@ -20,8 +20,9 @@ import json
 
 from dev.data.command_line import add_common_flags, run
 from dev.data.download import HF, download
+from dev.data.readers import read_parquet
 from dev.data.shards import ShardWriter, check_shard
-from dev.data.tokenising import pieces, read_parquet, tokenize
+from dev.data.tokenising import pieces, tokenize
 
 REPOSITORIES = {"classic": ("fineweb", "HuggingFaceFW/fineweb"), "edu": ("edu_fineweb", "HuggingFaceFW/fineweb-edu")}
 READY = "karpathy/fineweb-edu-100B-gpt2-token-shards"  # 100 B tokens of FineWeb-Edu: val_000000, train_000001 … 001001

@@ -22,13 +22,16 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
 
 
 def examples(path, encoder):
-    """(context ids, ids of the four endings, which one is right) of each line. An ending begins with a space."""
+    """
+    (context ids, ids of the four endings, which one is right) of each line. An ending begins with a space; where there
+    is no context, the end of another text is it: every token is predicted from one before it.
+    """
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 item = json.loads(line)
                 endings = [list(encoder.encode_ordinary(" " + ending)) for ending in item["endings"]]
-                yield list(encoder.encode_ordinary(item["ctx"])), endings, int(item["label"])
+                yield list(encoder.encode_ordinary(item["ctx"])) or [encoder.eot_token], endings, int(item["label"])
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{path}, line {number} is no HellaSwag example: {e!r}") from None
 

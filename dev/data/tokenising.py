@@ -8,6 +8,7 @@ text alone, so the bytes of the shards do not depend on the number of workers; o
 
 import collections
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import time
 import numpy as np
 
 from dev.data.command_line import Progress, say, show
-from dev.data.vocabulary import EOT, get_encoder, replace_surrogates
+from dev.data.vocabulary import get_encoder, replace_surrogates
 from dev.run.files import NewFile
 
 PIECE = 1 << 16  # characters; a longer document is cut
@@ -45,36 +46,74 @@ def pieces(blocks):
     yield first, rest
 
 
-def read_parquet(file, column):
-    """The texts of a column, row group by row group."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("reading .parquet needs a package\n---> HINT: pip install pyarrow") from None
-    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-    if column not in parquet.schema_arrow.names:
-        raise ValueError(f"no column {column!r} in {file.name}; there are: {' '.join(parquet.schema_arrow.names)}")
-    for rows in parquet.iter_batches(batch_size=256, columns=[column], use_threads=False):
-        yield from rows.column(0).to_pylist()
-
-
 def cpu_count():
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction=lambda: None, max_shards=None):
+class HoldOut:
+    """
+    Deals the tokens of one batch after another to "train" and "val", so that `fraction` of all tokens is in val after
+    every batch, and after the last. A document goes to val as a whole where val has too little at its start; at the
+    end of a batch val gets or gives as many tokens as it lacks or has too many. What does not go on where its split
+    left off begins with an end-of-text token.
+
+    state: [tokens in train, tokens in val, the split of the last token], all that the next batch depends on.
+    """
+
+    def __init__(self, fraction, eot):
+        self.fraction, self.eot, self.state = fraction, eot, [0, 0, None]
+
+    def __call__(self, tokens):
+        """{split: tokens}; tokens: uint16, those of a batch"""
+        held, parts = self.choose(tokens), {"train": [], "val": []}
+        borders = np.flatnonzero(np.diff(held)) + 1
+        for part, split in ((p, "val" if h[0] else "train")
+                            for p, h in zip(np.split(tokens, borders), np.split(held, borders), strict=True) if len(p)):
+            if part[0] != self.eot and split != self.state[2]:
+                parts[split].append(np.array([self.eot], np.uint16))
+            parts[split].append(part)
+            self.state = [*self.state[:2], split]
+        parts = {split: np.concatenate([np.empty(0, np.uint16), *arrays]) for split, arrays in parts.items()}
+        self.state = [self.state[0] + len(parts["train"]), self.state[1] + len(parts["val"]), self.state[2]]
+        return parts
+
+    def choose(self, tokens):
+        """Which tokens are held out: bool, one for each"""
+        train, val, _ = self.state
+        held = np.zeros(len(tokens), bool)
+        begins = [0, *(np.flatnonzero(tokens[1:] == self.eot) + 1).tolist(), len(tokens)]
+        count, before = 0, train + val
+        for begin, end in itertools.pairwise(begins):
+            if val + count < self.fraction * (before + begin):
+                held[begin:end] = True
+                count += end - begin
+        wanted = round(self.fraction * (before + len(tokens))) - val
+        if self.fraction and not before and len(tokens) > 3:  # of a few words, two tokens are better than none
+            wanted = max(2, wanted)
+        surplus = count - min(max(0, wanted), len(tokens))
+        if surplus > 0:
+            held[np.flatnonzero(held)[-surplus:]] = False
+        elif surplus < 0:
+            held[np.flatnonzero(~held)[surplus:]] = True
+        return held
+
+
+def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction=lambda: None, max_shards=None,
+             deal=None):
     """
     Tokenise a stream of pieces into {split: ShardWriter}.
 
     job: what decides the result (flags, input files), in JSON's terms. A run that was interrupted, or that stopped at
     max_shards, is gone on with by the next one with the same job; another job starts afresh and replaces the shards.
     Without a job nothing is remembered. fraction() tells how much of the input has been read, where that is known.
+    deal: a HoldOut, which decides what goes into which split; the stream's pieces have none then.
     """
     folder, name = next((w.folder, w.name) for w in writers.values())
     job = job and json.loads(json.dumps([job, tokenizer, PIECE, BATCH, sorted(writers)]))
     state_path = folder / f"{name}.progress.json"
     state = _load_state(state_path, job, writers)
+    dealt = state.setdefault("dealt", {split: deal and deal.state for split in writers})  # before the batch in `done`
     done = state["done"]  # {split: [complete shards, batches before the next token, its place in that batch]}
     full = max_shards is not None and all(d[0] >= max_shards for d in done.values())
     if state["complete"] or full:
@@ -89,19 +128,24 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
 
     get_encoder(tokenizer)  # fetched once, before the workers look for it
     start, total, progress = time.monotonic(), 0, Progress("tokenising")
-    batches = (b for b in _batches(stream) if b[1] >= done[b[0]][1])
+    behind = min(done, key=lambda split: done[split][1])
+    if deal:
+        deal.state = dealt[behind]
+    batches = (b for b in _batches(stream) if b[1] >= done[behind if deal else b[0]][1])
     try:
-        for split, number, tokens in _in_order(batches, tokenizer, workers or cpu_count()):
-            writer = writers[split]
-            skip = done[split][2] if number == done[split][1] else 0
-            total += len(tokens) - skip
-            for used in writer.write(tokens[skip:]):
-                done[split] = [writer.shards, number, skip + used]
-                if job:
-                    _save_state(state_path, state)
-                full = writer.shards == max_shards
-                if full:
-                    break
+        for source, number, batch in _in_order(batches, tokenizer, workers or cpu_count()):
+            before = deal and deal.state
+            for split, tokens in (deal(batch) if deal else {source: batch}).items():
+                writer = writers[split]
+                skip = done[split][2] if number == done[split][1] else len(tokens) * (number < done[split][1])
+                total += len(tokens) - skip
+                for used in writer.write(tokens[skip:]):
+                    done[split], dealt[split] = [writer.shards, number, skip + used], before
+                    if job:
+                        _save_state(state_path, state)
+                    full = writer.shards == max_shards
+                    if full:
+                        break
             if full:
                 break
             progress.update(total / 1e6, "M tokens", fraction())
@@ -109,7 +153,7 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
             for writer in writers.values():
                 writer.finish()
             state["complete"] = True
-            if job:
+            if job and any(writer.shards for writer in writers.values()):  # nothing is not worth remembering
                 _save_state(state_path, state)
     finally:
         progress.clear()
@@ -194,7 +238,7 @@ def _end_with_parent():
 
 def _encode_batch(batch):
     """Ids of a batch as uint16, end-of-text before each document."""
-    eot = np.array([EOT], dtype=np.uint16)
+    eot = np.array([_encoder.eot_token], dtype=np.uint16)
     parts = []
     for begins, text in batch:
         if begins:

@@ -16,6 +16,7 @@ from dev.data.command_line import DATA, say, show
 from dev.data.download import download, file_sha256
 from dev.run.files import TOKENIZER_MAGIC, NewFile, new_header
 
+TINY_EOT = 299  # of the tiny model in dev/test, whose vocabulary is 300: its last token, as 50256 is GPT-2's
 EOT = 50256  # GPT-2's end-of-text token; here it comes before every document
 VOCAB_SIZE = 50257
 
@@ -35,21 +36,29 @@ def replace_surrogates(text):
 class ByteEncoding:
     """GPT-2's ids of single bytes, which need no vocabulary: it numbers the printable bytes first, then the others."""
 
-    eot_token = EOT
     order = sorted(range(256), key=lambda b: (not chr(b).isprintable() or b == 32, b))  # id -> byte
     ids = np.argsort(order).astype(np.uint16)  # byte -> id
+
+    def __init__(self, eot_token=EOT):
+        self.eot_token = eot_token
 
     def encode_ordinary(self, text):
         return self.ids[np.frombuffer(replace_surrogates(text).encode(), dtype=np.uint8)]
 
 
+def end_of_text(name):
+    """The end-of-text token of the encoder of this name"""
+    return TINY_EOT if name == "tiny" else EOT
+
+
 def get_encoder(name="gpt2"):
     """
-    tiktoken's GPT-2 encoding (or ByteEncoding for "bytes"): .encode_ordinary(text) gives ids, .eot_token is 50256.
+    tiktoken's GPT-2 encoding: .encode_ordinary(text) gives ids, .eot_token is 50256. Or ByteEncoding, for "bytes", and
+    for "tiny", where .eot_token is 299.
     The vocabulary is kept where TIKTOKEN_CACHE_DIR says, otherwise in data/.tiktoken; fetched when it is not there.
     """
-    if name == "bytes":
-        return ByteEncoding()
+    if name != "gpt2":
+        return ByteEncoding(end_of_text(name))
     import tiktoken
 
     own = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or DATA / ".tiktoken")

@@ -1,5 +1,5 @@
 """
-Matrix products by cublasLt, through nvmath's low-level bindings, with what can be done on the way: bias, GELU, residual.
+Matrix products by cublasLt, through nvmath's low-level bindings, with what is done on the way: bias, GELU, residual.
 
 cublasLt thinks in columns: our row-major D = A @ B.T is its D.T = B @ A.T, so its first operand is our second.
 """
@@ -40,8 +40,8 @@ def matrix(buffer):
 
 
 class Choices:
-    """Which algorithm was the fastest for each product, kept in a file beside the compiled kernels: other algorithms may
-    add in another order, and every run should have the same bits. None are chosen where no file can be written."""
+    """Which algorithm was the fastest for each product, kept in a file beside the compiled kernels: other algorithms
+    may add in another order, and every run should have the same bits. None are chosen where no file can be written."""
 
     def __init__(self, path, prefix):
         self.path, self.prefix, self.found, self.changed = path, prefix, {}, False
@@ -67,7 +67,8 @@ class Choices:
 
 
 class Products:
-    """tf32: round float32 operands to TF32, which tensor cores multiply. choose: time algorithms; else take the first"""
+    """tf32: round float32 operands to TF32, which tensor cores multiply. choose: time algorithms, else take the first
+    """
 
     def __init__(self, gpu, tf32=True, choose=True, folder=None):
         self.gpu, self.tf32, self.handle, self.plans = gpu, tf32, lt.create(), {}
@@ -83,19 +84,21 @@ class Products:
         """out = inp @ weight.T + bias + residual; with pre, that is pre, and out = gelu(pre)"""
         BT, (OC, C) = inp.shape[0], weight.shape
         epilogue = EPILOGUE.GELU_AUX_BIAS if pre else EPILOGUE.BIAS if bias else EPILOGUE.DEFAULT
-        self.multiply(matrix(out), matrix(weight), matrix(inp), (OC, BT, C), (True, False), epilogue=epilogue, bias=bias,
-                      aux=pre, c=residual and matrix(residual))
+        self.multiply(matrix(out), matrix(weight), matrix(inp), (OC, BT, C), (True, False), epilogue=epilogue,
+                      bias=bias, aux=pre, c=residual and matrix(residual))
 
     def backward_input(self, dinp, dout, weight, pre=None):
         """dinp = dout @ weight; with pre, times the derivative of gelu at pre"""
         BT, (OC, C) = dout.shape[0], weight.shape
         epilogue = EPILOGUE.DGELU if pre else EPILOGUE.DEFAULT
-        self.multiply(matrix(dinp), matrix(weight), matrix(dout), (C, BT, OC), (False, False), epilogue=epilogue, aux=pre)
+        self.multiply(matrix(dinp), matrix(weight), matrix(dout), (C, BT, OC), (False, False), epilogue=epilogue,
+                      aux=pre)
 
     def backward_weight(self, dweight, dout, inp, add):
         """dweight (+)= dout.T @ inp"""
         BT, (OC, C) = dout.shape[0], dweight.shape
-        self.multiply(matrix(dweight), matrix(inp), matrix(dout), (C, OC, BT), (False, True), c=matrix(dweight) if add else None)
+        self.multiply(matrix(dweight), matrix(inp), matrix(dout), (C, OC, BT), (False, True),
+                      c=matrix(dweight) if add else None)
 
     def batched(self, out, left, right, sizes, transposed=(False, False), batch=1):
         """out (rows, columns) = left (rows, depth) @ right (depth, columns) for each of several Matrix.
@@ -189,6 +192,7 @@ class Products:
         best = int(np.argmin(times))
         plan.algorithm = algorithms[best if times[best] < 0.98 * times[0] else 0]
         self.choices.put(key, plan.algorithm.tobytes())
+        self.choices.save()  # at once: the next engine must not choose otherwise
 
     def fits(self, plan):
         """Can the plan's algorithm do its product, in the workspace that there is?"""
@@ -199,7 +203,3 @@ class Products:
         except lt.cuBLASLtError:
             return False
         return result[0]["state"] == 0 and result[0]["workspace_size"] <= WORKSPACE
-
-    def save(self):
-        """Keep the algorithms that have been chosen."""
-        self.choices.save()

@@ -9,11 +9,9 @@ piece the first time in the ordinary way, the second time recorded as a CUDA gra
 import functools
 import importlib.util
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
-
 
 
 def installed(name):
@@ -41,12 +39,13 @@ EVALUATED = 64             # sequences that are only evaluated are filled up to 
 SLOTS = 1024               # losses that may be on their way to the host
 LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
                  "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
-LAYER_PARAMS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb")
+LAYER_PARAMS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
+                "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb")
 
-# FLOP/s of dense products with bfloat16 operands and float32 sums, by the vendor's data sheets; TF32 has half of it
-PEAKS = {"H100 80GB HBM3": 989.4e12, "H100 SXM": 989.4e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200": 989.4e12,
-         "A100": 312e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-         "B200": 2250e12}
+# TFLOP/s of dense products, by the vendor's data sheets: bfloat16 with float32 sums (TF32 has half of it), and float32
+PEAKS = {"H100 80GB HBM3": (989.4, 66.9), "H100 SXM": (989.4, 66.9), "H100 NVL": (835, 60), "H100 PCIe": (756, 51.2),
+         "H200": (989.4, 66.9), "A100": (312, 19.5), "A10": (125, 31.2), "L40S": (362, 91.6), "L4": (121, 30.3),
+         "RTX 4090": (165.2, 82.6), "RTX 3090": (71, 35.6), "B200": (2250, 75)}
 
 
 class Loss:
@@ -65,12 +64,19 @@ class Loss:
 # ---------------------------------------------------------------------------------------------------------------------
 # attention from batched products and a softmax, a sequence at a time: in float32, and where cuDNN has none
 
-class Attention:
-    """scores (NH, T, width), twice, are its scratch memory, where width is T up to a multiple of 8."""
+def squares_of(dtype):
+    """(name, dtype) of Attention's scratch memory"""
+    return ("scores", F32), ("dprobs", F32), ("probs", dtype), ("dscores", dtype)
 
-    def __init__(self, gpu, products, NH, T, hs, scores, dprobs):
+
+class Attention:
+    """squares: four Buffers (NH, T, width) of scratch memory, where width is T up to a multiple of 8: scores and the
+    probabilities' gradient in float32, since a bfloat16 of -100 is off by a quarter; probabilities and the scores'
+    gradient as products read them."""
+
+    def __init__(self, gpu, products, NH, T, hs, squares):
         self.gpu, self.products, self.NH, self.T, self.hs = gpu, products, NH, T, hs
-        self.width, self.scores, self.dprobs = scores.shape[-1], scores, dprobs
+        self.squares, self.width = squares, squares[0].shape[-1]
         self.scale = np.float32(1 / math.sqrt(hs))
         self.threads = min(1024, -(-self.width // 256) * 32)
 
@@ -86,27 +92,26 @@ class Attention:
 
     def forward(self, out, lse, qkv):
         NH, T, hs, multiply = self.NH, self.T, self.hs, self.products.batched
-        scores = self.square(self.scores)
+        scores, _, probs, _ = self.squares
         for b in range(lse.shape[0]):
             q, keys, v, y = self.matrices(b, qkv, out)
-            multiply(scores, q, keys, (T, T, hs), (False, True), NH)
-            self.gpu.launch(k.softmax_forward, NH * T, self.threads, self.scores, lse[b], self.scores, self.scale, T,
-                            self.width)
-            multiply(y, scores, v, (T, hs, T), (False, False), NH)
+            multiply(self.square(scores), q, keys, (T, T, hs), (False, True), NH)
+            self.gpu.launch(k.softmax_forward, NH * T, self.threads, probs, lse[b], scores, self.scale, T, self.width)
+            multiply(y, self.square(probs), v, (T, hs, T), (False, False), NH)
 
     def backward(self, dqkv, dout, out, lse, qkv):
         NH, T, hs, multiply = self.NH, self.T, self.hs, self.products.batched
-        scores, dprobs = self.square(self.scores), self.square(self.dprobs)
+        scores, dprobs, probs, dscores = self.squares
         for b in range(lse.shape[0]):
             q, keys, v, dy = self.matrices(b, qkv, dout)
             dq, dkeys, dv = self.matrices(b, dqkv)
-            multiply(scores, q, keys, (T, T, hs), (False, True), NH)
-            multiply(dprobs, dy, v, (T, T, hs), (False, True), NH)
-            self.gpu.launch(k.softmax_backward, NH * T, self.threads, self.scores, self.dprobs, self.scores, self.dprobs,
-                            lse[b], self.scale, T, self.width)
-            multiply(dv, scores, dy, (T, hs, T), (True, False), NH)
-            multiply(dq, dprobs, keys, (T, hs, T), (False, False), NH)
-            multiply(dkeys, dprobs, q, (T, hs, T), (True, False), NH)
+            multiply(self.square(scores), q, keys, (T, T, hs), (False, True), NH)
+            multiply(self.square(dprobs), dy, v, (T, T, hs), (False, True), NH)
+            self.gpu.launch(k.softmax_backward, NH * T, self.threads, probs, dscores, scores, dprobs, lse[b],
+                            self.scale, T, self.width)
+            multiply(dv, self.square(probs), dy, (T, hs, T), (True, False), NH)
+            multiply(dq, self.square(dscores), keys, (T, hs, T), (False, False), NH)
+            multiply(dkeys, self.square(dscores), q, (T, hs, T), (True, False), NH)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,6 +122,9 @@ class GPT2(Engine):
 
     def __init__(self, config, table, weights, precision=None, processes=ALONE, tf32=1, attention="auto"):
         super().__init__(config, table, processes)
+        if processes.size > 1:
+            raise ValueError(f"--device cuda is for one process, not {processes.size}\n"
+                             "---> HINT: start it without mpirun; --device cpu trains in several")
         C, hs = config.channels, config.channels // config.num_heads
         if C % 8 or hs % 8 or C > 3840:
             raise ValueError(f"a model of {C} channels in heads of {hs} does not run on a GPU\n"
@@ -137,7 +145,7 @@ class GPT2(Engine):
         state = [("squares", (blocks,), F32), ("results", (8,), F32), ("hyper", (8,), F32), ("unused", (C,), F32),
                  ("partial", (sums,), F32)]
         self.state = place(SimpleNamespace(), state, self.gpu.allocate(bytes_of(state)))
-        self.blocks, self.cache_table = blocks, [("keys", (L, maxT, C), self.dtype), ("values", (L, maxT, C), self.dtype)]
+        self.blocks, self.cache_table = blocks, [(name, (L, maxT, C), self.dtype) for name in ("keys", "values")]
         self.cache = None
         self.slots, self.slot, self.owners = self.gpu.pinned_memory(4 * SLOTS).view(np.float32), 0, {}
         self.host_partial = self.gpu.pinned_memory(4 * blocks).view(np.float32)
@@ -145,10 +153,12 @@ class GPT2(Engine):
     def choose_attention(self, wish):
         """cudnn or own, by what is wished for, the precision, the card, and what is installed"""
         found = installed("cudnn")
-        fits = self.dtype == BF16 and self.gpu.capability >= (8, 0) and self.config.channels // self.config.num_heads <= 128
+        hs = self.config.channels // self.config.num_heads
+        fits = self.dtype == BF16 and self.gpu.capability >= (8, 0) and hs <= 128
         if wish == "cudnn" and not (found and fits):
-            raise ValueError("--attention cudnn needs bfloat16, heads of at most 128 channels and nvidia-cudnn-frontend\n"
-                             "---> HINT: --attention own; or pip install -r dev/engine/requirements.txt")
+            raise ValueError("--attention cudnn needs bfloat16, heads of at most 128 channels and "
+                             "nvidia-cudnn-frontend\n---> HINT: --attention own, or "
+                             "pip install -r dev/engine/requirements.txt")
         return "cudnn" if fits and found and wish != "own" else "own"
 
     def describe(self):
@@ -158,8 +168,9 @@ class GPT2(Engine):
                 f"{self.gpu.driver % 1000 // 10} | products: cuBLAS, {numbers} | attention: {self.attention_name}"]
 
     def peak(self):
-        bf16 = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", self.gpu.name)), math.nan)
-        return bf16 if self.dtype == BF16 else bf16 / 2 if self.tf32 else math.nan
+        words = self.gpu.name.replace("-", " ").split()
+        bf16, fp32 = next((peaks for name, peaks in PEAKS.items() if set(name.split()) <= set(words)), (math.nan,) * 2)
+        return 1e12 * (bf16 if self.dtype == BF16 else bf16 / 2 if self.tf32 else fp32)
 
     # memory
 
@@ -196,16 +207,18 @@ class GPT2(Engine):
             ("tokens", (min(BT, Vp),), I32), ("count", (1,), I32), ("place", (1,), I32),
             ("encoded", (BT, C), A),
             ("ln1", (norms, BT, C), A), ("ln1_mean", (L, BT), F32), ("ln1_rstd", (L, BT), F32),
-            ("qkv", (L, BT, 3 * C), A), ("atty", (L, BT, C), A), ("lse", (L, B, NH, T), F32), ("residual2", (L, BT, C), A),
+            ("qkv", (L, BT, 3 * C), A), ("atty", (L, BT, C), A), ("lse", (L, B, NH, T), F32),
+            ("residual2", (L, BT, C), A),
             ("ln2", (norms, BT, C), A), ("ln2_mean", (L, BT), F32), ("ln2_rstd", (L, BT), F32),
             ("fch", (L, BT, 4 * C), A), ("fch_gelu", (gelus, BT, 4 * C), A), ("residual3", (L, BT, C), A),
             ("lnf", (BT, C), A), ("lnf_mean", (BT,), F32), ("lnf_rstd", (BT,), F32),
             ("logits", (min(BT, CLASSIFIER_ROWS), Vp), A), ("losses", (BT,), F32),
         ]
         if train:
-            table += [("dresidual", (BT, C), A), ("dbtc", (BT, C), A), ("dqkv", (BT, 3 * C), A), ("dfch", (BT, 4 * C), A)]
+            table += [("dresidual", (BT, C), A), ("dbtc", (BT, C), A), ("dqkv", (BT, 3 * C), A),
+                      ("dfch", (BT, 4 * C), A)]
         if self.attention_of(T) == "own":
-            table += [(name, (NH, T, -(-T // 8) * 8), A) for name in ("scores", "dprobs")]
+            table += [(name, (NH, T, -(-T // 8) * 8), dtype) for name, dtype in squares_of(A)]
         return table
 
     def attention_of(self, T):
@@ -218,8 +231,8 @@ class GPT2(Engine):
                 "activations": bytes_of(self.activation_table(B, T, recompute, train)),
                 "keys and values": bytes_of(self.cache_table)}
         if train and self.attention_of(T) == "cudnn":
-            from dev.engine import cudnn
-            plan["attention"] = cudnn.workspace_bytes(B, c.num_heads, T)
+            from dev.engine import cudnn_attention
+            plan["attention"] = cudnn_attention.workspace_bytes(B, c.num_heads, T)
         return plan
 
     def require_memory(self, B, T, recompute, train):
@@ -234,8 +247,8 @@ class GPT2(Engine):
         hint = f"use -b {fits}" if fits else "use a smaller model (-e) or a shorter sequence (-t)"
         if recompute < 2 and needed(B, 2) <= free + held:
             hint += f"; or -r 2, which takes {needed(B, 2) / 2**30:.1f} GiB"
-        raise ValueError(f"this run needs {needed(B, recompute) / 2**30:.1f} GiB of the GPU's memory; of {total / 2**30:.1f} "
-                         f"GiB {free / 2**30:.1f} are free\n---> HINT: {hint}")
+        raise ValueError(f"this run needs {needed(B, recompute) / 2**30:.1f} GiB of the GPU's memory; of "
+                         f"{total / 2**30:.1f} GiB {free / 2**30:.1f} are free\n---> HINT: {hint}")
 
     @property
     def held(self):
@@ -259,7 +272,6 @@ class GPT2(Engine):
                 self.backward()
                 self.forget()
         self.gpu.synchronize()
-        self.products.save()
         return plan
 
     def activations(self, B, T, train):
@@ -280,10 +292,11 @@ class GPT2(Engine):
             acts.batch = Buffer(self.memory, ((acts.place.ptr + 4 - self.memory) // 4,), I32)
             hs = self.config.channels // self.config.num_heads
             if self.attention_of(T) == "own":
-                acts.attention = Attention(self.gpu, self.products, self.config.num_heads, T, hs, acts.scores, acts.dprobs)
+                squares = [getattr(acts, name) for name, _ in squares_of(self.dtype)]
+                acts.attention = Attention(self.gpu, self.products, self.config.num_heads, T, hs, squares)
             else:
-                from dev.engine import cudnn
-                acts.attention = cudnn.Attention(self.gpu, B, self.config.num_heads, T, hs, train)
+                from dev.engine import cudnn_attention
+                acts.attention = cudnn_attention.Attention(self.gpu, B, self.config.num_heads, T, hs, train)
             self.plans[key] = acts
         self.acts = self.plans[key]
         return self.acts
@@ -298,7 +311,7 @@ class GPT2(Engine):
     # the forward pass
 
     def send_batch(self, acts, inputs, targets, count, place, train):
-        """Send tokens (B, T), and for training their order, by which wte_backward goes: a token's rows one after another"""
+        """Send tokens (B, T), and for training the order by which wte_backward goes: a token's rows side by side"""
         host, flat = np.zeros(acts.batch.size, np.int32), inputs.ravel()
 
         def part(buffer):
@@ -350,7 +363,10 @@ class GPT2(Engine):
 
     def queue_forward(self, train, scored, add):
         acts, launch = self.acts, self.gpu.launch
-        self.queue_blocks(lambda l, at: self.gpu.call("attention_forward", acts.attention.forward, at.atty, at.lse, at.qkv))
+
+        def attention(l, at):
+            self.gpu.call("attention_forward", acts.attention.forward, at.atty, at.lse, at.qkv)
+        self.queue_blocks(attention)
         if not scored:
             return
         read, BT = self.tensors["read"], acts.losses.size
@@ -378,8 +394,8 @@ class GPT2(Engine):
         """From the tokens that were sent to acts.lnf. attention(l, at) has layer l's at.qkv and leaves its at.atty"""
         read, acts, product, C = self.tensors["read"], self.acts, self.product, self.config.channels
         forward, width = self.products.forward, self.block[1]
-        self.gpu.launch(k.encoder_forward, -(-acts.inputs.size // width), self.block, acts.encoded, acts.inputs, read.wte,
-                        read.wpe, acts.place, acts.T, C)
+        self.gpu.launch(k.encoder_forward, -(-acts.inputs.size // width), self.block, acts.encoded, acts.inputs,
+                        read.wte, read.wpe, acts.place, acts.T, C)
         residual = acts.encoded
         for l in range(self.config.num_layers):
             at, w = self.layer(l), self.layer_params("read", l)
@@ -405,8 +421,8 @@ class GPT2(Engine):
     def layernorm_back(self, dweight, dbias, dproduct, dout, inp, weight, mean, rstd, add, first=False):
         """Adds to dresidual. dproduct: the bias gradient of the product whose output inp ends with, None without one"""
         C, partial, blocks = self.config.channels, self.state.partial, self.blocks
-        self.gpu.launch(k.layernorm_backward, blocks, (self.block[0], k.LN_ROWS), self.acts.dresidual, partial, dout, inp,
-                        weight, mean, rstd, C, not first, shared=12 * C)
+        self.gpu.launch(k.layernorm_backward, blocks, (self.block[0], k.LN_ROWS), self.acts.dresidual, partial, dout,
+                        inp, weight, mean, rstd, C, not first, shared=12 * C)
         self.gpu.launch(k.finish_sums, -(-3 * C // 64), (8, 64), dweight, dbias, dproduct or self.state.unused, partial,
                         blocks, C, 3 * C, add)
 
@@ -424,7 +440,8 @@ class GPT2(Engine):
         self.pending = False
 
     def queue_backward(self, add):
-        read, g, acts, product, C = self.tensors["read"], self.tensors["grads"], self.acts, self.product, self.config.channels
+        read, g, acts, product = self.tensors["read"], self.tensors["grads"], self.acts, self.product
+        C = self.config.channels
         by_input, by_weight, L = self.products.backward_input, self.products.backward_weight, self.config.num_layers
         dresidual, dbtc, dqkv, dfch = acts.dresidual, acts.dbtc, acts.dqkv, acts.dfch
         fused = self.dtype == BF16
@@ -444,7 +461,8 @@ class GPT2(Engine):
                 self.layernorm(at.ln2, at.ln2_mean, at.ln2_rstd, at.residual2, w.ln2w, w.ln2b)
             product("fc backward weight", by_weight, dw.fcw, dfch, at.ln2, add)
             product("fc backward", by_input, dbtc, dfch, w.fcw)
-            self.layernorm_back(dw.ln2w, dw.ln2b, dw.attprojb, dbtc, at.residual2, w.ln2w, at.ln2_mean, at.ln2_rstd, add)
+            self.layernorm_back(dw.ln2w, dw.ln2b, dw.attprojb, dbtc, at.residual2, w.ln2w, at.ln2_mean, at.ln2_rstd,
+                                add)
             product("attproj backward weight", by_weight, dw.attprojw, dresidual, at.atty, add)
             product("attproj backward", by_input, dbtc, dresidual, w.attprojw)
             self.gpu.call("attention_backward", acts.attention.backward, dqkv, dbtc, at.atty, at.lse, at.qkv)
@@ -526,8 +544,8 @@ class GPT2(Engine):
         def attention(l, at):
             launch(k.keep_keys, -(-acts.T // width), self.block, cache.keys[l], cache.values[l], at.qkv, acts.place, C)
             if decoding:
-                launch(k.attention_decode, NH, (hs // 8, 16), at.atty, at.qkv, cache.keys[l], cache.values[l], acts.place,
-                       C, hs, np.float32(1 / math.sqrt(hs)), shared=4 * (self.config.max_seq_len + 16 * hs))
+                launch(k.attention_decode, NH, (hs // 8, 16), at.atty, at.qkv, cache.keys[l], cache.values[l],
+                       acts.place, C, hs, np.float32(1 / math.sqrt(hs)), shared=4 * (self.config.max_seq_len + 16 * hs))
             else:
                 acts.attention.forward(at.atty, at.lse, at.qkv)
         self.queue_blocks(attention)
@@ -548,7 +566,8 @@ class GPT2(Engine):
     def load(self, what, file):
         for piece in self.gpu.upload(self.views(what).memory):
             if file.readinto(piece) != piece.nbytes:
-                raise ValueError(f"{file.name}: truncated: it has fewer than {self.num_parameters:,} numbers for {what}")
+                raise ValueError(f"{file.name}: truncated: it has fewer than {self.num_parameters:,} numbers for "
+                                 f"{what}")
         if what == "params":
             self.round(self.tensors)
 

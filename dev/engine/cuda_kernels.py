@@ -274,25 +274,18 @@ LN_ROWS = 2  # rows of inp that a block has at a time: 2800 GB/s, with 8 rows 25
 
 @kernel
 def layernorm_backward(dinp, partial, dout, inp, weight, mean, rstd, C, add):
-    # dinp (+)= the gradient of inp; partial (blocks, 3, C): a block's sums for dweight, dbias, and the sums of dinp,
-    # which are the bias gradient of the product that added to inp
+    # dinp (+)= the gradient of inp; partial (blocks, 3, C): a block's sums for dweight, dbias, and those of dinp
     # a thread has 8 channels, a row of threads (whole warps) a row of inp, a block LN_ROWS of them at a time
-    sums = cuda.shared.array((2, LN_ROWS, 32, 2), np.float32)
-    shared = cuda.shared.array(0, np.float32)  # (3, C)
+    sums, shared = cuda.shared.array((2, LN_ROWS, 32, 2), np.float32), cuda.shared.array(0, np.float32)  # shared (3, C)
     y, c, BT = cuda.threadIdx.y, np.int64(cuda.threadIdx.x) * 8, np.int64(mean.size)
-    warp, warps, scale = cuda.threadIdx.x // 32, cuda.blockDim.x // 32, ONE / np.float32(C)
-    inside, turn = c < C, 0
-    dw, db, dx, w = vector(ZERO), vector(ZERO), vector(ZERO), vector(ZERO)
-    if inside:
-        w = load(weight, c)
+    warp, warps, scale, inside, turn = cuda.threadIdx.x // 32, cuda.blockDim.x // 32, ONE / np.float32(C), c < C, 0
+    dw, db, dx, w = vector(ZERO), vector(ZERO), vector(ZERO), load(weight, c) if inside else vector(ZERO)
     for first in range(cuda.blockIdx.x * np.int64(LN_ROWS), BT, cuda.gridDim.x * np.int64(LN_ROWS)):
-        row = first + y
-        i = row * C + c
+        row, i = first + y, (first + y) * C + c
         x, dy, old, r = vector(ZERO), vector(ZERO), vector(ZERO), ZERO
         if inside and row < BT:
-            r = rstd[row]
+            r, dy = rstd[row], load(dout, i)
             x = (load(inp, i) - mean[row]) * r
-            dy = load(dout, i)
             if add:
                 old = load(dinp, i)
         db += dy
@@ -304,8 +297,7 @@ def layernorm_backward(dinp, partial, dout, inp, weight, mean, rstd, C, add):
         cuda.syncthreads()
         s1, s2 = ZERO, ZERO
         for k in range(warps):
-            s1 += sums[turn, y, k, 0]
-            s2 += sums[turn, y, k, 1]
+            s1, s2 = s1 + sums[turn, y, k, 0], s2 + sums[turn, y, k, 1]
         turn = 1 - turn
         if inside and row < BT:
             x = old + (dy - s1 * scale - x * (s2 * scale)) * r
@@ -317,9 +309,8 @@ def layernorm_backward(dinp, partial, dout, inp, weight, mean, rstd, C, add):
             store(shared, C + c, db + load(shared, C + c) if k else db)
             store(shared, 2 * C + c, dx + load(shared, 2 * C + c) if k else dx)
         cuda.syncthreads()
-    if y == 0 and inside:
-        for k in range(3):
-            store(partial, (np.int64(cuda.blockIdx.x) * 3 + k) * C + c, load(shared, k * C + c))
+    for k in range(3 if y == 0 and inside else 0):
+        store(partial, (np.int64(cuda.blockIdx.x) * 3 + k) * C + c, load(shared, k * C + c))
 
 
 @kernel

@@ -19,8 +19,12 @@ import numpy as np
 
 from dev.data.command_line import run, show
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, new_header, read_header
+from dev.run.vocabulary import beside
 from train_gpt2 import Tensors, model_config, parameter_table
 
+VOCABULARY_FILES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "generation_config.json", "config.json")  # the last two name the end-of-text token
 VERSIONS = {"fp32": 3, "bf16": 5}
 
 
@@ -42,7 +46,7 @@ class Checkpoint:
     """A .bin on disk. Raises FileNotFoundError or ValueError where it is no whole checkpoint."""
 
     def __init__(self, path):
-        self.config = model_config(str(path))
+        self.path, self.config = path, model_config(str(path))
         with open(path, "rb") as f:
             version = read_header(f, path, MODEL_MAGIC, tuple(VERSIONS.values()))[1]
         self.dtype = "fp32" if version == 3 else "bf16"
@@ -67,6 +71,26 @@ def write_checkpoint(path, config, dtype, arrays):
     print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")
 
 
+def keep_tokenizer(folder, path):
+    """Copy the tokenizer files in a folder (None: there are none) to where those of the checkpoint `path` belong."""
+    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()] if folder else []
+    kept = Path(beside(path))
+    if files and kept.is_dir() and kept.samefile(folder):
+        return
+    if kept.is_dir():
+        for name in TOKENIZER_FILES:  # of another model that had this name
+            (kept / name).unlink(missing_ok=True)
+        if not any(kept.iterdir()):
+            kept.rmdir()
+    if files:
+        kept.mkdir(exist_ok=True)
+        for file in files:
+            content = file.read_bytes()
+            with NewFile(kept / file.name) as f:
+                f.write(content)
+        print(f"wrote {show(kept)}: the model's own tokenizer")
+
+
 def converter(description, source, result):
     """A parser with the flags that all converters have; -d is theirs to add."""
     parser = argparse.ArgumentParser(description=description)
@@ -83,6 +107,7 @@ def main():
     memory = checkpoint.params.memory
     pieces = np.array_split(memory, 1 + (memory.size >> 22))
     write_checkpoint(args.output, checkpoint.config, args.dtype, map(as_float32, pieces))
+    keep_tokenizer(beside(args.input), args.output)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ A checkpoint (.bin) into a GGUF file, tokenizer included, for llama.cpp and ever
     python -m dev.eval.export_gguf -i log124M/model_00018865.bin -o my_model.gguf -d q8_0        # or f16, f32
     llama-completion -m my_model.gguf -p "Once upon a time"
 
-Needs the package gguf. Biases, LayerNorm and the position embedding stay float32, as in llama.cpp's own converter.
+Needs the package gguf. Biases, LayerNorm and the position embedding stay float32, as in llama.cpp's own converter. The
+embedding is written once more, as the output matrix, without which programs on a llama.cpp from before March 2025
+refuse the file; --tied 1 leaves it out.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -20,6 +22,7 @@ from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import Checkpoint, converter
 from dev.eval.import_hf import CONV1D, tensor_table
 from dev.run.files import NewFile
+from dev.run.vocabulary import own_vocabulary
 
 try:
     import gguf
@@ -31,7 +34,7 @@ TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # of the
 
 def tensor_type(name, shape, dtype):
     """What our tensor `name` becomes in a file of `dtype`"""
-    if name not in CONV1D and name != "wte":
+    if name not in CONV1D and name not in ("wte", "output"):
         dtype = "f32"
     if dtype == "q8_0" and shape[-1] % 32:  # its rows are in blocks of 32
         dtype = "f16"
@@ -50,8 +53,11 @@ def add_config(writer, config, dtype):
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def add_tokenizer(writer, V):
-    """GPT-2's vocabulary, up to V tokens"""
+def add_tokenizer(writer, V, own):
+    """The model's own vocabulary, or GPT-2's, up to V tokens"""
+    if own:
+        add_own_tokenizer(writer, V, own)
+        return
     if V < VOCAB_SIZE:
         print(f"a vocabulary of {V} is not GPT-2's: the file gets no tokenizer")
         writer.add_tokenizer_model("no_vocab")
@@ -69,7 +75,24 @@ def add_tokenizer(writer, V):
     writer.add_eos_token_id(EOT)
 
 
-def export(checkpoint, path, dtype):
+def add_own_tokenizer(writer, V, own):
+    if own.tokens is None or len(own.names) > V:
+        problem = own.problem if own.tokens is None else f"{len(own.names)} tokens, and the model has {V}"
+        print(f"the file gets no tokenizer: {problem}")
+        writer.add_tokenizer_model("no_vocab")
+        return
+    names = own.names + [None] * (V - len(own.names))
+    kinds = gguf.TokenType.UNUSED, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"[PAD{i}]" if name is None else name for i, name in enumerate(names)])
+    writer.add_token_types([kinds[0 if name is None else 1 if name in own.special else 2] for name in names])
+    writer.add_token_merges([" ".join(pair) for pair in own.merges])
+    writer.add_bos_token_id(own.eot_token)
+    writer.add_eos_token_id(own.eot_token)
+
+
+def export(checkpoint, path, dtype, tied=False):
     config = checkpoint.config
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.num_layers)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +100,11 @@ def export(checkpoint, path, dtype):
         writer = gguf.GGUFWriter(f.name, "gpt2")
         writer.add_name(path.stem)
         add_config(writer, config, dtype)
-        add_tokenizer(writer, config.vocab_size)
-        tensors = []
-        for name, layer, hf_name, shape in tensor_table(config):
+        add_tokenizer(writer, config.vocab_size, own_vocabulary(checkpoint.path))
+        tensors, table = [], list(tensor_table(config))
+        if not tied:
+            table.append(("output", None, "lm_head.weight", table[0][3]))
+        for name, layer, hf_name, shape in table:
             shape = shape[::-1] if name in CONV1D else shape  # (out, in), as in a .bin
             kind = tensor_type(name, shape, dtype)
             block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -90,7 +115,8 @@ def export(checkpoint, path, dtype):
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, layer, kind in tensors:
-            writer.write_tensor_data(gguf.quants.quantize(checkpoint.tensor(name, layer), kind))
+            weights = checkpoint.tensor("wte" if name == "output" else name, layer)
+            writer.write_tensor_data(gguf.quants.quantize(weights, kind))
         writer.close()
     print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")
 
@@ -98,10 +124,11 @@ def export(checkpoint, path, dtype):
 def main():
     parser = converter("A checkpoint into a GGUF file", "a .bin", "a .gguf")
     parser.add_argument("-d", "--dtype", choices=TYPES, default="f16", help="of the weights (default: f16)")
+    parser.add_argument("--tied", type=int, choices=(0, 1), default=0, help="1: the embedding once, for new llama.cpp")
     args = parser.parse_args()
     if gguf is None:
         raise ValueError("writing GGUF needs a package\n---> HINT: pip install gguf")
-    export(Checkpoint(args.input), args.output, args.dtype)
+    export(Checkpoint(args.input), args.output, args.dtype, args.tied)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
 
 import json
 import math
+from pathlib import Path
 
 from dev.data.command_line import run, show
 from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
-from dev.eval.convert_bin import VERSIONS, Checkpoint, converter, from_float32
-from dev.eval.import_hf import CONV1D, PREFIX, tensor_table
+from dev.eval.convert_bin import TOKENIZER_FILES, VERSIONS, Checkpoint, converter, from_float32
+from dev.eval.import_hf import CONV1D, PREFIX, read_json, tensor_table
 from dev.run.files import NewFile
+from dev.run.vocabulary import beside
 
 SAFETENSORS = {"fp32": "F32", "bf16": "BF16"}
 TORCH = {"fp32": "float32", "bf16": "bfloat16"}
@@ -71,8 +73,12 @@ def write_safetensors(path, checkpoint, dtype):
 
 def export(checkpoint, folder, dtype):
     config = checkpoint.config
-    files = {"generation_config.json": end_of_text(config)}
-    if config.vocab_size >= VOCAB_SIZE:
+    files, ends, kept = {}, end_of_text(config), Path(beside(checkpoint.path))
+    if kept.is_dir():
+        files.update((name, (kept / name).read_bytes()) for name in TOKENIZER_FILES[:-1] if (kept / name).is_file())
+        said = read_json(kept / "config.json") if (kept / "config.json").is_file() else {}
+        ends = {name: said.get(name) for name in ends}
+    elif config.vocab_size >= VOCAB_SIZE:
         files["vocab.json"], files["merges.txt"] = vocabulary_file("encoder.json"), vocabulary_file("vocab.bpe")
         files["tokenizer_config.json"] = {
             "tokenizer_class": "GPT2Tokenizer",
@@ -83,7 +89,8 @@ def export(checkpoint, folder, dtype):
         }
     else:
         print(f"a vocabulary of {config.vocab_size} is not GPT-2's: the model gets no tokenizer")
-    files["config.json"] = hf_config(config, dtype)
+    files.setdefault("generation_config.json", ends)
+    files["config.json"] = {**hf_config(config, dtype), **ends}
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # without it a folder is no model: it comes when all else is there

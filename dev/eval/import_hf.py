@@ -6,7 +6,9 @@ GPT-2's weights from Hugging Face, or any model of that kind, into a checkpoint 
     python -m dev.eval.import_hf -i my_model/ -o data/my_model_bf16.bin -d bf16        # a folder
 
 A model is config.json and model.safetensors, in one file or in several, of any GPT2LMHeadModel; one that computes
-something else than our GPT-2 is refused. From the hub the files come by HTTPS; for a private model set HF_TOKEN.
+something else than our GPT-2 is refused. From the hub the files come by HTTPS, once more where they have changed;
+owner/name@revision names a branch, a tag or a commit; for a private model set HF_TOKEN. A vocabulary that is not
+GPT-2's is kept beside the .bin, in NAME.tokenizer/, for dev/generate.py and for the exports.
 Neither PyTorch nor transformers is needed.
 """
 
@@ -19,12 +21,24 @@ import json
 import math
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
 from dev.data.command_line import DATA, run, show
-from dev.data.download import HF, download
-from dev.eval.convert_bin import VERSIONS, as_float32, converter, write_checkpoint
+from dev.data.download import HF, download, file_sha256, remote_identity
+from dev.data.vocabulary import VOCAB_SIZE, VOCABULARY
+from dev.eval.convert_bin import (
+    TOKENIZER_FILES,
+    VERSIONS,
+    VOCABULARY_FILES,
+    as_float32,
+    converter,
+    keep_tokenizer,
+    write_checkpoint,
+)
+from dev.run.files import NewFile
+from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import GPT2Config, parameter_table
 
 NAMES = {  # our tensors, and how Hugging Face calls those of layer {}
@@ -169,13 +183,54 @@ def import_model(folder, path, dtype):
     weights = read_weights(folder, config)
     print(f"{show(folder)}: {config}")
     write_checkpoint(path, config, dtype, in_our_order(config, weights))
+    if is_gpt2s(folder, config):
+        keep_tokenizer(None, path)  # removes that of another model of this name
+        return
+    keep_tokenizer(folder, path)
+    own = own_vocabulary(path)
+    if own.tokens is None:
+        print(f"note: its texts cannot be read or written here, only its token numbers: {own.problem}")
 
 
-def fetch(model, folder):
-    """Bring a model from the hub into a folder, as far as it is not there already."""
+def is_gpt2s(folder, config):
+    """Is the vocabulary of a folder GPT-2's? So it is taken to be where there are no files that say something else."""
+    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+    if all((folder / name).is_file() and file_sha256(folder / name) == VOCABULARY[original]
+           for name, original in names.items()):
+        return config.vocab_size == VOCAB_SIZE or not (folder / "added_tokens.json").exists()
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return False
+    if config.vocab_size != VOCAB_SIZE:
+        print(f"note: no tokenizer files for the vocabulary of {config.vocab_size:,}: it is taken for GPT-2's")
+    return True
+
+
+def fetch(model, folder, revision="main"):
+    """Bring a model from the hub into a folder, as far as it is not there already, or has changed since."""
+    path = folder / ".fetched.json"  # {file: what remote_identity() said}
+    known = read_json(path) if path.exists() else {}
+
+    def remember(name, identity):
+        if identity is not None and folder.is_dir():
+            known[name] = identity
+            with NewFile(path) as f:
+                f.write(json.dumps(known).encode())
+
     def get(name):
+        url = f"{HF}/{model}/resolve/{quote(revision, safe='')}/{name}"
+        identity, there = remote_identity(url), (folder / name).exists()
+        if identity is None and there:
+            print(f"{name}: the hub does not say whether it has changed; what is here is taken")
+        absent = known.get(name) == "" or name != "config.json" and not known  # as an earlier version left it
+        if identity == "" or identity is None and (there or absent):
+            remember(name, identity if identity == "" else known.get(name))
+            return there
+        changed = there and known.get(name, identity) != identity
+        if changed:
+            print(f"{name} has changed on the hub")
         try:
-            download(f"{HF}/{model}/resolve/main/{name}", folder / name)
+            download(url, folder / name, anew=changed)
+            remember(name, identity)
         except ValueError as e:
             if "HTTP status 404" not in str(e):
                 raise
@@ -183,7 +238,9 @@ def fetch(model, folder):
         return True
 
     if not get("config.json"):
-        raise ValueError(f"{HF}/{model} has no config.json\n---> HINT: is this the name of a model?")
+        raise ValueError(f"{HF}/{model} has no config.json\n---> HINT: is this the name of a model, and a revision?")
+    for name in TOKENIZER_FILES[:-1]:
+        get(name)
     if get("model.safetensors"):
         return
     if not get("model.safetensors.index.json"):
@@ -194,18 +251,20 @@ def fetch(model, folder):
 
 
 def main():
-    source = "a folder, or a model on the hub (owner/name)"
+    source = "a folder, or a model on the hub (owner/name, owner/name@revision)"
     parser = converter("A Hugging Face GPT-2 into a checkpoint", source, "a .bin")
     parser.add_argument("-d", "--dtype", choices=VERSIONS, default="fp32")
     parser.add_argument("--data_dir", type=Path, default=DATA, help="keeps what is fetched, in hf/ (default: data/)")
     args = parser.parse_args()
     folder = Path(args.input)
     if not folder.is_dir():
-        model = args.input if "/" in args.input else f"openai-community/{args.input}"
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-            raise FileNotFoundError(f"no such folder: {args.input}\n---> HINT: a model on the hub is owner/name")
+        model = args.input if "/" in args.input.partition("@")[0] else f"openai-community/{args.input}"
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?", model):
+            raise FileNotFoundError(f"no such folder: {args.input}\n---> HINT: a model on the hub is owner/name, or "
+                                    "owner/name@revision")
         folder = args.data_dir / "hf" / model.replace("/", "--")
-        fetch(model, folder)
+        model, _, revision = model.partition("@")
+        fetch(model, folder, revision or "main")
     import_model(folder, args.output, args.dtype)
 
 

@@ -1,11 +1,14 @@
 """
-The output folder of a run: main.log, and checkpoints from which it goes on as if it had never stopped.
+Checkpoints, from which a run goes on as if it had never stopped.
 
 A checkpoint is model_*.bin, state_*.bin (AdamW's moments, where the data loader is) and DONE_*, in llm.c's formats, and
-run_*.json, which is ours. DONE_* is written last and removed first: where it is, all are complete.
+run_*.json, which is ours. DONE_* is written last and removed first: where it is, all are complete. Of several
+processes the first writes them; the others write a state_*.bin each.
 """
+import contextlib
 import glob
 import json
+import math
 import os
 import re
 import time
@@ -16,6 +19,7 @@ import numpy as np
 from dev.run.engine import Engine
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, STATE_MAGIC, read_header, sync_folder, write_file
 from dev.run.schedule import Outliers
+from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
 
@@ -26,12 +30,24 @@ class Run:
     loader: object  # train_gpt2.DataLoader
     sampler: Sampler
     outliers: Outliers
+    model: str          # the flag -e with which it began
     step: int = 0
+    coins: int = None   # while validation and samples of this step are not over: the sampler's state before them
+    resumed: tuple = None  # the step of the checkpoint that it goes on from, and whether they were over there
+
+    @contextlib.contextmanager
+    def look(self):
+        """A context for the validation and the samples of a step, which may be cut short: then a run that goes on from
+        this step begins them again."""
+        self.coins = self.sampler.state
+        with contextlib.suppress(CutShort):
+            yield
+            self.coins = None
 
 
-def checkpoint_files(folder, step):
-    """The paths of a checkpoint's files, DONE first"""
-    names = f"DONE_{step:08d}", f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"run_{step:08d}.json"
+def checkpoint_files(folder, step, rank=0):
+    """The paths of a checkpoint's files, DONE first, the state that of a process"""
+    names = f"DONE_{step:08d}", f"model_{step:08d}.bin", f"state_{step:08d}_{rank:05d}.bin", f"run_{step:08d}.json"
     return [os.path.join(folder, name) for name in names]
 
 
@@ -42,9 +58,18 @@ def complete_checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """(step, path of the weights) of the newest complete checkpoint, (None, None) where there is none"""
+    """(step, path of the weights) of the newest complete checkpoint, (None, None) where there is none. ValueError where
+    it is not complete, whatever its DONE says"""
     steps = complete_checkpoints(folder)
-    return (steps[-1], checkpoint_files(folder, steps[-1])[1]) if steps else (None, None)
+    if not steps:
+        return None, None
+    done, *paths = checkpoint_files(folder, steps[-1])
+    for path in paths[:2]:
+        if not os.path.isfile(path):
+            before = f"from step {steps[-2]}" if len(steps) > 1 else "anew"
+            raise ValueError(f"{path} is missing, a part of the checkpoint of step {steps[-1]}\n"
+                             f"---> HINT: bring it back, or remove {done}: then -y 1 goes on {before}")
+    return steps[-1], paths[0]
 
 
 def write_model(path, engine):
@@ -57,18 +82,25 @@ def write_model(path, engine):
 
 def write_run_checkpoint(folder, run):
     """Write all that a run needs to go on."""
-    done, model_path, state_path, run_path = checkpoint_files(folder, run.step)
     engine, state, header = run.engine, run.loader.state(), np.zeros(256, np.int32)
-    write_model(model_path, engine)
-    header[:6] = STATE_MAGIC, 1, 1, 0, 0, "generator" in state  # one process, rank 0, no copy of the weights
+    processes = engine.processes
+    done, model_path, state_path, run_path = checkpoint_files(folder, run.step, processes.rank)
+    if processes.rank == 0:
+        write_model(model_path, engine)
+    header[:6] = STATE_MAGIC, 1, processes.size, processes.rank, 0, "generator" in state  # 0: no copy of the weights
     header[10] = run.step
-    header[20:24].view(np.uint64)[:] = run.sampler.state
+    header[20:24].view(np.uint64)[:] = run.sampler.state if run.coins is None else run.coins
     header[30:34].view(np.uint64)[:] = state["shard_index"], state["sample_index"]
     write_file(state_path, header, engine.host("m").memory, engine.host("v").memory, *pack_order(state))
     more = {"tokens_per_batch": run.loader.B * run.loader.T, "shard_tokens": run.loader.shard_tokens,
-            "windows": [list(window) for window in run.outliers.windows]}
-    write_file(run_path, np.frombuffer(json.dumps(more).encode(), np.uint8))
-    write_file(done)
+            "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage,
+            "model": run.model}
+    if run.coins is not None:
+        more["coins"] = run.coins
+    processes.any(False)  # every process has written its state
+    if processes.rank == 0:
+        write_file(run_path, np.frombuffer(json.dumps(more).encode(), np.uint8))
+        write_file(done)
 
 
 def pack_order(state):
@@ -93,15 +125,39 @@ def unpack_order(data, shards):
             "generator": (words[-626:-2], 624 if left == 1 else position)}
 
 
+def choose_state(folder, step, saved_stage, processes):
+    """The path of the state file from which this process goes on: its own, or, where the run had another number of
+    processes, the first one's, which has all moments and the same place in the data. ValueError where it has not."""
+    first, own = (checkpoint_files(folder, step, rank)[2] for rank in (0, processes.rank))
+    with open(first, "rb") as file:
+        count = int(read_header(file, first, STATE_MAGIC, (1,))[2])
+    if count < 1:
+        raise ValueError(f"{first}: damaged: its header says {count} processes")
+    same = count == processes.size
+    if saved_stage != processes.zero_stage and count > 1 or processes.zero_stage and not same:
+        raise ValueError(f"{first}: a run of {count} processes with -z {saved_stage} left off here; these are "
+                         f"{processes.size} with -z {processes.zero_stage}\n---> HINT: -z stays what it was, and with "
+                         "-z 1 so does the number of processes")
+    if same and not os.path.exists(own):
+        raise ValueError(f"{own} is missing: each of the {count} processes of the run wrote such a file\n"
+                         "---> HINT: bring it back, or start anew with -y 0")
+    return own if same else first
+
+
 def read_run_checkpoint(folder, step, run):
     """Restore all that write_run_checkpoint saved but the weights. ValueError where it is damaged or does not fit."""
-    _, _, state_path, run_path = checkpoint_files(folder, step)
-    engine, loader = run.engine, run.loader
+    engine, loader, processes = run.engine, run.loader, run.engine.processes
+    done, model_path, _, run_path = checkpoint_files(folder, step)
+    data = loader.B * loader.T, loader.shard_tokens
+    found, more = read_run_json(run_path, data)
+    stage = more.get("zero_stage", processes.zero_stage)
     fit = "---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or start anew with -y 0"
+    state_path = choose_state(folder, step, stage, processes)
     with open(state_path, "rb") as file:
         header = read_header(file, state_path, STATE_MAGIC, (1,))
-        rest = os.path.getsize(state_path) - HEADER_BYTES - 4 * engine.num_parameters * (3 if header[4] else 2)
-        if header[10] != step or header[2] != 1 or rest < 0:
+        rest = os.path.getsize(state_path) - HEADER_BYTES - 8 * engine.host("m").memory.size
+        rest -= 4 * engine.num_parameters if header[4] else 0
+        if header[10] != step or rest < 0:
             raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes; it has "
                              f"{max(0, -rest)} bytes too few for {engine.num_parameters:,} parameters\n{fit}")
         engine.load("m", file)
@@ -109,8 +165,6 @@ def read_run_checkpoint(folder, step, run):
         if header[4]:  # llm.c's float32 weights, where the model's file may hold bfloat16
             engine.load("params", file)
         order = file.read()
-    data = loader.B * loader.T, loader.shard_tokens
-    found, windows = read_run_json(run_path, data)
     if found != data:
         raise ValueError(f"{run_path}: the run had {found[0]} tokens in a batch and shards of {found[1]} tokens; "
                          f"now there are {data[0]} and {data[1]}\n{fit}")
@@ -121,33 +175,62 @@ def read_run_checkpoint(folder, step, run):
         loader.restore(state | (unpack_order(order, len(loader.files)) if order else {}))
     except ValueError as error:
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
-    run.sampler.state = int(header[20:22].view(np.uint64)[0])
-    for window, old in zip(run.outliers.windows, windows):
+    require_sound(run, f"{model_path}, {state_path}", f"---> HINT: remove {done}: then -y 1 goes on from before it")
+    run.sampler.state = more.get("coins", int(header[20:22].view(np.uint64)[0]))
+    for window, old in zip(run.outliers.windows, more["windows"]):
         window.extend(old)
-    run.step = step
+    run.model = more.get("model", run.model)
+    run.step, run.resumed = step, (step, "coins" not in more)
+
+
+def require_sound(run, where, hint):
+    """ValueError where a weight or a moment is not a finite number"""
+    for what in ("params", "m", "v"):
+        memory = run.engine.host(what).memory
+        if memory.size and not math.isfinite(float(memory.min()) - float(memory.max())):
+            raise ValueError(f"{where}: not all of {what} are finite numbers: training has diverged\n{hint}")
 
 
 def read_run_json(path, data):
-    """(tokens in a batch, tokens of the shards), windows from a run_*.json; `data` and no windows without the file"""
+    """(tokens in a batch, tokens of the shards), all that a run_*.json holds; `data` and no windows without the file"""
     if not os.path.exists(path):  # a checkpoint of llm.c has none
-        return data, []
+        return data, {"windows": []}
     try:
         with open(path) as file:
             run = json.load(file)
-        windows = [[float(value) for value in window] for window in run["windows"]]
-        return (run["tokens_per_batch"], run["shard_tokens"]), windows
+        run["windows"] = [[float(value) for value in window] for window in run["windows"]]
+        return (run["tokens_per_batch"], run["shard_tokens"]), {"zero_stage": 0} | run
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds: "
                          "the last 128 losses and gradient norms") from error
 
 
+def requests(folder, stop, processes):
+    """(stop, write a checkpoint): what the processes have been asked for, in all of them the same: any of them by a
+    signal, see stop_on_signals(), or all by a file STOP in the folder, which is removed."""
+    path = os.path.join(folder or "", "STOP")
+    found = bool(folder) and processes.rank == 0 and os.path.exists(path)
+    if found:
+        processes.print(f"found {path}: stopping")
+        os.unlink(path)
+    stop.requested |= found
+    checkpoint, stop.checkpoint = stop.checkpoint, False
+    return processes.sum(np.array([stop.requested, checkpoint], np.int64)) > 0
+
+
 def save(flags, run):
-    """Write a checkpoint; when it is complete, remove those that are too old. Returns the seconds that it took."""
+    """Write a checkpoint; when it is complete, remove those that are too old. Returns the seconds that it took.
+    ValueError, and nothing is written or removed, where the weights are no numbers any more."""
     start = time.perf_counter()
-    with open(os.path.join(flags.output_dir, "main.log"), "a") as log:
-        os.fsync(log.fileno())  # the checkpoint's lines, before it
+    require_sound(run, f"step {run.step}", "---> HINT: use a smaller learning rate (-l), or --grad_clip 1; no "
+                  "checkpoint is written, those before are as they were")
+    first = run.engine.processes.rank == 0
+    if first:
+        with open(os.path.join(flags.output_dir, "main.log"), "a") as log:
+            os.fsync(log.fileno())  # the checkpoint's lines, before it
     write_run_checkpoint(flags.output_dir, run)
-    remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
+    if first:
+        remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
     return time.perf_counter() - start
 
 
@@ -161,40 +244,9 @@ def remove_old_checkpoints(folder, keep, major_every):
     steps = {int(match[1]) for match in matches if match}
     minor = [step for step in complete if not major_every or step % major_every]
     for step in steps - set(minor[-keep:]) - (set(complete) - set(minor)):
-        for path in checkpoint_files(folder, step) if step < complete[-1] else []:
+        states = sorted(name for name in os.listdir(folder) if name.startswith(f"state_{step:08d}_"))
+        paths = checkpoint_files(folder, step) + [os.path.join(folder, name) for name in states]
+        for path in paths if step < complete[-1] else []:
             if os.path.exists(path):
                 os.unlink(path)
                 sync_folder(folder)
-
-
-def open_output(flags, resume_step):
-    """Make the output folder fit for a run: without leftovers of one that was killed, or ended and is not resumed.
-    Returns lines that say what happened."""
-    folder, lines = flags.output_dir, []
-    os.makedirs(folder, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-        os.unlink(path)
-    steps = complete_checkpoints(folder)
-    if flags.resume and not steps:
-        lines = [f"no complete checkpoint in {folder}: starting from {flags.model}"]
-    elif resume_step is None and steps:
-        lines = [f"starting anew in {folder}: checkpoints of steps {steps[0]} to {steps[-1]} are overwritten"]
-        for step in steps:
-            os.unlink(checkpoint_files(folder, step)[0])  # without DONE it is none
-    else:
-        remove_old_checkpoints(folder, flags.checkpoints_keep, flags.major_checkpoint_every)
-    begin_log(folder, resume_step)
-    return lines
-
-
-def begin_log(folder, resume_step):
-    """Begin main.log, in llm.c's format. Of a run that is resumed, those lines stay that its checkpoint knows."""
-    path, lines = os.path.join(folder, "main.log"), []
-
-    def known(line):  # at the checkpoint's step, validation came before it, training after
-        match = re.match(r"s:(\d+) (\w+):.*\n", line)
-        return match and (int(match[1]), match[2] == "trl") < (resume_step, True)
-    if resume_step is not None and os.path.exists(path):
-        with open(path) as file:
-            lines = filter(known, file.readlines())
-    write_file(path, np.frombuffer("".join(lines).encode(), np.uint8))

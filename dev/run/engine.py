@@ -22,6 +22,7 @@ import numpy as np
 from dev.run.processes import ALONE
 
 DECAYED = {"wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"}  # weight decay is for matrices, not biases or LayerNorm
+NO_LAYERS = ("wte", "wpe", "lnfw", "lnfb")  # the other tensors have a part for each layer
 
 
 def size_of(table):

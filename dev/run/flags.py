@@ -2,11 +2,21 @@
 The trainer's command line.
 """
 import argparse
+import functools
 import math
 
+from dev.run.processes import launched
 
 # the flags that are an engine's options, by its device: others are ignored there
 OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
+
+
+def explain(parser, error, message):
+    """argparse's error, but for a bare -h, by which most programs mean help"""
+    if message.startswith("argument -h/") and "expected one argument" in message:
+        parser.exit(2, f"{parser.prog}: error: -h is HellaSwag, as in llm.c, and needs a 1 or a 0\n"
+                       "---> HINT: --help lists the flags\n")
+    error(message)
 
 
 def parse_flags(argv):
@@ -21,6 +31,7 @@ def parse_flags(argv):
         action = parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
         ranges[action.dest] = least, below
     parser.add_argument("--help", action="help", help="show this help")
+    parser.error = functools.partial(explain, parser, parser.error)
     # data and model
     flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
     flag("-j --input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")
@@ -31,10 +42,12 @@ def parse_flags(argv):
     flag("-nk --checkpoints_keep", 0, "keep the newest so many, 0 = all")
     flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
     flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
+    flag("--overwrite", 0, "1: begin anew in a folder -o that holds a run, and remove that", choices=(0, 1))
     # batch
     flag("-b --batch_size", 4, "sequences in a micro-batch", least=1)
     flag("-t --sequence_length", 64, "tokens in a sequence", least=1)
-    flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t means gradient accumulation", int)
+    flag("-d --total_batch_size", None, "tokens in a step; more than -b times -t of every process means gradient "
+         "accumulation", int)
     # optimisation
     flag("-x --num_iterations", 40, "steps, -1 = one epoch", least=-1)
     flag("-k --lr_scheduler", "cosine", "learning rate schedule", choices=("cosine", "linear", "constant", "wsd"))
@@ -65,12 +78,15 @@ def parse_flags(argv):
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
     # the machine
     flag("--device", "cpu", "what computes", choices=("cpu", "cuda"))
-    flag("--precision", None, "what products read; default: fp32 on a CPU, bf16 on a GPU", str, choices=("fp32", "bf16"))
-    flag("--matmul", None, "on a CPU: products by our kernels or by NumPy's BLAS", str, choices=("auto", "numba", "blas"))
+    flag("--precision", None, "what products read; default: fp32, on a GPU bf16", str, choices=("fp32", "bf16"))
+    flag("--matmul", None, "on a CPU: products by our kernels or NumPy's BLAS", str, choices=("auto", "numba", "blas"))
     flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
     flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
-    ignored = ["-w", "-ge", "-lg", "-z", "-pn", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
+    # several processes
+    flag("-pn --num_processes", launched(), "processes, which mpirun or srun starts", least=1)
+    flag("-z --zero_stage", 0, "1: processes share AdamW's moments out", choices=(0, 1))
+    ignored = ["-w", "-ge", "-lg", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
@@ -87,10 +103,12 @@ def parse_flags(argv):
         raise ValueError("-m 0 leaves nothing to estimate\n---> HINT: -v 0 turns validation off")
     if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
         raise ValueError("checkpoints need a folder\n---> HINT: name one with -o")
-    tokens = flags.batch_size * flags.sequence_length
+    tokens = flags.batch_size * flags.sequence_length * flags.num_processes
     flags.total_batch_size = flags.total_batch_size or tokens
     flags.micro_batches = flags.total_batch_size // tokens
     if flags.total_batch_size % tokens:
+        of_all = f" of {flags.num_processes} processes" if flags.num_processes > 1 else ""
+        fits = max(1, round(flags.total_batch_size / tokens)) * tokens
         raise ValueError(f"a total batch of {flags.total_batch_size:,} tokens is not a multiple of the {tokens:,} of a "
-                         f"micro-batch\n---> HINT: use -d {max(1, round(flags.total_batch_size / tokens)) * tokens}")
+                         f"micro-batch{of_all}\n---> HINT: use -d {fits}")
     return flags

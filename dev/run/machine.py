@@ -1,16 +1,21 @@
 """
-What the operating system says and wants: processors, memory, signals.
+What the operating system says: processors, memory.
 """
+import ctypes
 import math
 import os
-import signal
+import platform
 import sys
-from types import SimpleNamespace
+
+
+def allowed_cpus():
+    """The set of processors that this process may run on"""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def available_cpus():
     """The number of processors that this process may use: its affinity, cut to the quota of its cgroup."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(allowed_cpus())
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
             quota, period = file.read().split()
@@ -20,9 +25,30 @@ def available_cpus():
 
 
 def threads_of(processes):
-    """The threads that this process should use: OMP_NUM_THREADS, or its part of the processors of its machine"""
-    wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(wish) if wish else max(1, available_cpus() // processes.local_size)
+    """The threads that this process should use: OMP_NUM_THREADS, as far as there are processors, or its part of the
+    processors of its machine. ValueError where that is not a number of threads"""
+    name = next((name for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if os.environ.get(name)), None)
+    cpus = available_cpus()
+    if not name:
+        return max(1, cpus // processes.sharers)
+    wish = os.environ[name].split(",")[0].strip()  # OpenMP's lists: of nested loops
+    if not (wish.isdecimal() and int(wish) > 0):
+        raise ValueError(f"{name}={os.environ[name]} is not a number of threads\n---> HINT: 1 or more; unset, every "
+                         "processor is used")
+    if int(wish) > cpus and name == "OMP_NUM_THREADS":
+        processes.print(f"{name}={wish}, but this process may use {cpus} processors: {cpus} threads are started",
+                        file=sys.stderr)
+        return cpus
+    return int(wish)
+
+
+def allow_amx():
+    """Ask Linux for the use of the processor's AMX registers; False where there is no such thing to ask for. Threads
+    that are started later may use them too."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def available_memory():
@@ -57,17 +83,3 @@ def peak_memory():
         except ImportError:  # Windows
             return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def stop_on_signals():
-    """An object whose `requested` becomes true at Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
-    stop = SimpleNamespace(requested=False)
-
-    def request(number, frame):
-        if stop.requested:
-            sys.exit(130)
-        stop.requested = True
-        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() may be at work on its buffer
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request)
-    return stop

@@ -51,12 +51,15 @@ def answer(engine, context, completions):
 
 
 def score(engine, examples, progress=lambda done: None):
-    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly"""
-    correct = 0
-    for done, (context, completions, label) in enumerate(examples):
-        progress(done)
-        correct += answer(engine, context, completions) == label
-    return correct, len(examples)
+    """(correct, count): how many of read_examples()'s examples an engine's model answers correctly, and of how many.
+    The processes divide them among them; progress() is told how many there have been."""
+    correct, count, processes = 0, 0, engine.processes
+    for context, completions, label in examples:
+        progress(count)
+        if count % processes.size == processes.rank:
+            correct += answer(engine, context, completions) == label
+        count += 1
+    return processes.sum(correct), count
 
 
 def accuracy(correct, count):

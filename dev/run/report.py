@@ -5,7 +5,6 @@ add comes after it. Only the first of several processes says anything.
 import contextlib
 import importlib.metadata
 import math
-import os
 import platform
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from datetime import timedelta
 
 from dev.run.machine import peak_memory
 from dev.run.multiple_choice import accuracy
-from dev.run.text import generate
 
 
 class Report:
@@ -21,8 +19,6 @@ class Report:
 
     def __init__(self, flags, processes):
         self.flags, self.processes = flags, processes
-        logs = flags.output_dir and processes.rank == 0
-        self.log = os.path.join(flags.output_dir, "main.log") if logs else os.devnull
         self.loss = self.val_loss = math.nan
         self.steps, self.seconds, self.best = 0, 0.0, math.inf  # of training steps so far
         self.kernels = Counter()  # seconds in each
@@ -31,15 +27,12 @@ class Report:
         for line in lines:
             self.processes.print(line, end=end)
 
-    def write_log(self, line):
-        with open(self.log, "a") as file:
-            file.write(line + "\n")
-
     # before the first step
 
     def program(self, engine):
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("NumPy", "Numba"))
-        self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe())
+        self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe(),
+                 *self.processes.describe())
         if self.flags.ignored:
             where = {"cpu": "a CPU", "cuda": "a GPU"}[self.flags.device]
             self.say(f"ignored, since they mean nothing on {where}: {' '.join(self.flags.ignored)}")
@@ -55,9 +48,10 @@ class Report:
                  f"val dataset num_batches: {val_loader.num_tokens // tokens}",
                  f"num_activations: {engine.num_activations}")
 
-    def begin(self, run, last_step, tokenizer):
-        """run: where it begins; last_step: where it will end"""
-        config, flags = run.engine.config, self.flags
+    def begin(self, run, last_step, tokenizer, output):
+        """run: where it begins; last_step: where it will end; output: what keeps the log"""
+        config, flags, self.output = run.engine.config, self.flags, output
+        self.say(*output.describe(last_step))
         if tokenizer.tokens is None and flags.sample_every:
             self.say("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
                      "---> HINT: `make data` writes it")
@@ -65,27 +59,32 @@ class Report:
             self.say(f"resuming from step {run.step}")
         attention = 6 * config.num_layers * config.channels * flags.sequence_length
         self.flops = flags.total_batch_size * (6 * run.engine.num_parameters + attention)
-        self.last_step, self.peak, self.start = last_step, run.engine.peak(), time.perf_counter()
+        self.peak = self.processes.sum(run.engine.peak())
+        self.last_step, self.start = last_step, time.perf_counter()
 
     # once in a while
 
     def validation(self, step, loss):
         self.val_loss = loss
         self.say(f"val loss {loss:f} | perplexity {math.exp(min(loss, 700)):.2f}")
-        self.write_log(f"s:{step} tel:{loss:.4f}")
+        self.output.log(f"s:{step} tel:{loss:.4f}")
 
     def hellaswag(self, step, correct, count):
         share, error = accuracy(correct, count)
         self.say(f"HellaSwag: {correct}/{count} = {share:f} | standard error {error:f}")
-        self.write_log(f"s:{step} eval:{share:.4f}")
+        self.output.log(f"s:{step} eval:{share:.4f}")
 
-    def sample(self, engine, tokenizer, sampler, prompt):
-        """Draw a text and print it as it comes."""
+    def sample(self, tokenizer, tokens):
+        """Print a text as its tokens come, in the first process."""
+        if self.processes.rank > 0:
+            return
         self.say("generating:\n---")
         tokenizer.reset()
-        for token in generate(engine, sampler, prompt, self.flags.gen_tokens - 1):
-            self.say(tokenizer.decode(token), end="")
-        self.say("\n---")
+        try:
+            for token in tokens:
+                self.say(tokenizer.decode(token), end="")
+        finally:
+            self.say("\n---")
 
     def checkpoint(self, step, seconds):
         self.say(f"checkpoint of step {step} written to {self.flags.output_dir} (took {seconds:.1f} s)")
@@ -109,7 +108,7 @@ class Report:
             loss_score, norm_score = skipped.scores
             line += f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}"
         self.say(line)
-        self.write_log(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
+        self.output.log(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
 
     # the end
 
@@ -131,5 +130,6 @@ class Report:
                      f"tokens per second: {self.flags.total_batch_size / mean:.0f}",
                      f"MFU: {100 * self.flops / mean / self.peak:.1f}%",
                      f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+        self.kernels.update(self.processes.times if self.flags.profile else {})
         for name, seconds in self.kernels.most_common():
             self.say(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")

@@ -2,6 +2,7 @@
 Text and tokens: the tokenizer, the sampler, and drawing text from a model.
 """
 import codecs
+import math
 import os
 
 import numpy as np
@@ -62,7 +63,7 @@ class Sampler:
     """
 
     def __init__(self, seed=1337, temperature=1.0, top_k=0, top_p=0.0):
-        if not 0 < seed < 1 << 64 or temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
+        if not (0 < seed < 1 << 64 and 0 <= temperature < math.inf and top_k >= 0 and 0 <= top_p <= 1):
             raise ValueError(f"cannot sample with seed {seed}, temperature {temperature}, top_k {top_k}, top_p {top_p}"
                              "\n---> HINT: the seed must be positive, top_p lie in 0 … 1, and none be negative")
         self.state, self.temperature, self.top_k, self.top_p = seed, temperature, top_k, top_p

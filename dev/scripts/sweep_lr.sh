@@ -13,7 +13,7 @@ for lr in 1e-4 3e-4 1e-3 3e-3 1e-2; do
   python train_gpt2.py \
     -i "data/tinyshakespeare/tiny_shakespeare_train.bin" \
     -j "data/tinyshakespeare/tiny_shakespeare_val.bin" \
-    -e "d6" -o $sweep/lr_$lr \
+    -e "d6" -o $sweep/lr_$lr --overwrite 1 \
     -b 8 -t 64 -x 200 \
     -l $lr -u 20 -q 0.1 -c 0.1 --beta2 0.95 --grad_clip 1.0 \
     -v 20 -m 20 -s 0 "$@" || echo "$lr failed"

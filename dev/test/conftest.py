@@ -20,13 +20,14 @@ from runs import SHARDS
 import train_gpt2
 
 ROOT = Path(__file__).resolve().parents[2]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 GUARD, UNTOUCHED = 17, np.float32(12345)  # 17: the arrays in between are not aligned to anything
 
 
 @pytest.fixture(autouse=True)
 def undisturbed():
     """One thread for every test. What main() sets in the process, its signal handlers, is put back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     numba.set_num_threads(1)
     yield
     for number, handler in handlers.items():
@@ -86,12 +87,12 @@ def tiny():
 
 @pytest.fixture
 def python():
-    """python(*args, **env): start Python as a user would in the project's folder; returns the Popen object."""
+    """python(*args, cwd, **env): start Python as a user would, in the project's folder; returns the Popen object."""
     processes = []
 
-    def python(*args, **env):
+    def python(*args, cwd=ROOT, **env):
         inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-        process = subprocess.Popen([sys.executable, *map(str, args)], text=True, cwd=ROOT, env={**inherited, **env},
+        process = subprocess.Popen([sys.executable, *map(str, args)], text=True, cwd=cwd, env={**inherited, **env},
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         processes.append(process)
         return process

@@ -8,11 +8,12 @@ class FlakyServer:
     """
     files: {"/name": bytes}. faults: {"/name": [fault, …]}, one taken off per request, then all is well:
     a status ("404", "429", …), "truncate" and "stall" (after half of what was asked for), "short" (claims fewer bytes
-    than there are), "no_length", "wrong_range", or "redirect:/other". requests: (path, Range header) as they came.
+    than there are), "no_length", "wrong_range", or "redirect:/other". requests: (path, Range header) as they came;
+    methods: GET or HEAD, of each.
     """
 
     def __init__(self):
-        self.files, self.faults, self.requests, self.headers = {}, {}, [], []
+        self.files, self.faults, self.requests, self.headers, self.methods = {}, {}, [], [], []
         self.ranges, self.etag = True, '"1"'
         self.stop = threading.Event()
         owner = self
@@ -45,6 +46,7 @@ class FlakyServer:
         path = h.path.partition("?")[0]
         self.requests.append((path, h.headers.get("Range")))
         self.headers.append(dict(h.headers))
+        self.methods.append(h.command)
         faults = self.faults.get(path, [])
         fault = faults.pop(0) if faults else ""
         if fault.isdigit() or path not in self.files:

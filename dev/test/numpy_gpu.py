@@ -121,7 +121,10 @@ class Gpu:
         arrays = [memory_at(x.ptr, x.shape, x.dtype) if hasattr(x, "ptr") else x for x in args]
         assert not any(isinstance(x, float) for x in args), "a float would be a float64 on a GPU"
         names = kernel.py_func.__code__.co_varnames
-        self.timed(name, dict(zip(names, args)), lambda: self.queue(lambda: getattr(Kernels, name)(*arrays)))
+        self.timed(name, dict(zip(names, args)), lambda: self.queue(lambda: self.work(name, names, arrays, grid, block, shared)))
+
+    def work(self, name, names, arrays, grid, block, shared):
+        getattr(Kernels, name)(*arrays)
 
     def call(self, name, function, *args, **keywords):
         self.timed(name, {"arguments": args}, lambda: function(*args, **keywords))

@@ -231,7 +231,7 @@ def test_a_folder_is_no_checkpoint(refused, tmp_path):
 def test_damaged_shards(refused, make_shard, tmp_path, flag, shard, message):
     if shard is not None:
         make_shard(tmp_path / "shard.bin", **({"tokens": range(1000)} | shard))
-    refused(f"{flag} {tmp_path}/sh*.bin", "sh", message)
+    refused(f"-v 1 {flag} {tmp_path}/sh*.bin", "sh", message)
 
 
 @pytest.mark.parametrize("flags", ["-v 0 -i", "-v 1 -j"])
@@ -246,6 +246,20 @@ def test_tokens_outside_the_vocabulary(refused, make_shard, tmp_path, flags):
 ])
 def test_batches_that_cannot_be(refused, flags, words):
     refused(flags, *words)
+
+
+@pytest.mark.parametrize("flags, free, message", [
+    ("-t 65", 1 << 40, "limit is 64"), ("-e d6 -b 1 -t 1025", 1 << 40, "limit is 1024"),
+    ("-t 64", 1 << 20, "GiB of memory"), ("-e d6", 1 << 20, "GiB of memory"),
+])
+def test_a_bad_batch_costs_no_weights(refused, monkeypatch, make_shard, tmp_path, flags, free, message):
+    """It is refused before weights are read or drawn, and before kernels are compiled."""
+    def too_early(*args):
+        raise AssertionError("too early")
+    for name in "read_checkpoint", "init_random", "load_kernels":
+        monkeypatch.setattr(train_gpt2, name, too_early)
+    monkeypatch.setattr(machine, "available_memory", lambda: free)
+    refused(f"{flags} -i {make_shard(tmp_path / 'long.bin', [7] * 3000)}", message)
 
 
 def test_more_memory_than_there_is(refused, monkeypatch):
@@ -300,10 +314,12 @@ def test_unwritable_output(refused, tmp_path, folder):
     refused(f"-o {tmp_path / folder} -n 1", "text.bin")
 
 
-@pytest.mark.parametrize("mistake", ["-e missing.bin", "-i missing.bin", "-j missing.bin", "-t 65", "-b 2000000000"])
+@pytest.mark.parametrize("mistake", ["-e missing.bin", "-i missing.bin", "-v 1 -j missing.bin", "-t 65",
+                                     "-b 2000000000"])
 def test_a_mistake_spoils_no_earlier_run(cli, refused, tmp_path, mistake):
     assert cli(f"-o {tmp_path / 'out'} -n 1")[0] == 0
-    refused(f"-o {tmp_path / 'out'} -n 1 {mistake}")
+    for meant in "-y 0", "--overwrite 1":
+        refused(f"-o {tmp_path / 'out'} -n 1 {meant} {mistake}")
 
 
 @pytest.mark.parametrize("flags", ["-b two", "--nonsense 1", "-x", "-l fast", "extra"])

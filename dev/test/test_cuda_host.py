@@ -23,11 +23,13 @@ def several_chunks(monkeypatch):
     monkeypatch.setattr(cuda, "CLASSIFIER_ROWS", 32)
 
 
-def weights(params):
-    rng = np.random.default_rng(1)
-    for name, _ in t.parameter_table(SMALL):
-        x = getattr(params, name)
-        x[:] = rng.normal(1.0 if name in ("ln1w", "ln2w", "lnfw") else 0, 0.2, x.shape)
+def weights(config):
+    def fill(params):
+        rng = np.random.default_rng(1)
+        for name, _ in t.parameter_table(config):
+            x = getattr(params, name)
+            x[:] = rng.normal(1.0 if name in ("ln1w", "ln2w", "lnfw") else 0, 0.2, x.shape)
+    return fill
 
 
 def engines(precision="fp32", **options):
@@ -163,4 +165,28 @@ def test_peak(monkeypatch, name, bf16):
 def test_models_that_do_not_run(C, NH):
     config = t.GPT2Config(8, 37, 128, 1, NH, C)
     with pytest.raises(ValueError, match="HINT"):
-        numpy_gpu.engine(config, t.parameter_table(config), weights)
+        numpy_gpu.engine(config, t.parameter_table(config), weights(config))
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("NH, C", [(2, 32), (1, 24), (2, 80), (5, 40)])
+def test_the_kernels_source(precision, NH, C):
+    """A step, evaluation and text with the kernels themselves, in simulator.py: odd sizes, heads of 8, 16, 24, 40"""
+    config, bound = t.GPT2Config(70, 37, 128, 1, NH, C), BOUNDS[precision]
+    table = t.parameter_table(config)
+    numpy_gpu.engine(config, table, weights(config))  # skips where packages are missing
+    import simulator
+    ours = numpy_gpu.engine(config, table, weights(config), precision=precision, gpu=simulator.Gpu)
+    cpu = t.GPT2(config, table, weights(config))
+    losses = [[step(engine, *batch(config, 2, 13, seed=k)) for k in range(2)] for engine in (ours, cpu)]
+    assert losses[0] == pytest.approx(losses[1], rel=bound)
+    for name, g in tensors(cpu).items():
+        close(tensors(ours)[name], g, bound * 10)
+    norm = cpu.grad_norm()
+    assert ours.grad_norm() == pytest.approx(norm, rel=bound * 3)
+    for engine in ours, cpu:
+        engine.update(0, 1e-5, norm=norm, grad_clip=norm / 2, weight_decay=0.1)
+        engine.forward(*batch(config, 1, 65, seed=9), train=False)
+    close(ours.losses(), np.array(cpu.losses()), bound * 3)
+    for tokens in [1, 2, 3], [4], [5]:
+        close(ours.read(tokens), np.array(cpu.read(tokens)), bound * 3)

@@ -225,7 +225,19 @@ def test_byte_ids_are_gpt2s(monkeypatch):
     gpt2 = vocabulary.get_encoder()
     assert [gpt2.encode_single_token(bytes([b])) for b in range(256)] == ByteEncoding.ids.tolist()
     assert gpt2.decode(ByteEncoding().encode_ordinary("naïve — 字\n").tolist()) == "naïve — 字\n"
-    assert gpt2.eot_token == ByteEncoding.eot_token == 50256
+    assert gpt2.eot_token == ByteEncoding().eot_token == 50256
+
+
+@needs_shared
+@pytest.mark.parametrize("text", ["-" * 400_000, "=" * 400_000, " " * 400_000, "ab" * 200_000, "字" * 100_000],
+                         ids=lambda text: text[:2])
+def test_long_runs_of_a_character(monkeypatch, text):
+    """tiktoken before 0.13 took a minute for the first: its time grew with the square of a word's length."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    assert "tiktoken>=0.13\n" in (ROOT / "requirements.txt").read_text()
+    encoder, start = vocabulary.get_encoder(), time.monotonic()
+    tokens = encoder.encode_ordinary(text)
+    assert time.monotonic() - start < 10 and encoder.decode(tokens) == text
 
 
 @needs_shared

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from flaky_server import FlakyServer
 
 from dev.data import download
 from dev.data.vocabulary import VOCABULARY, get_encoder
-from dev.eval import export_gguf, export_hf, import_hf
+from dev.eval import convert_bin, export_gguf, export_hf, import_hf
 from dev.eval.convert_bin import Checkpoint, as_float32, from_float32
 from dev.run import checkpoints
+from dev.run import vocabulary as vocabularies
 from train_gpt2 import GPT2, GPT2Config, init_random
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,7 +312,146 @@ def test_model_comes_from_the_hub_and_the_download_is_resumed(hub, monkeypatch, 
     assert all(headers["Authorization"] == "Bearer secret" for headers in hub.headers)
     count = len(hub.requests)
     assert fetch_and_import(monkeypatch, tmp_path, "gpt2") == Path(tiny).read_bytes()
-    assert len(hub.requests) == count  # it was there already
+    assert set(hub.methods[count:]) == {"HEAD"}  # it was there already, and has not changed
+
+
+def test_model_that_has_changed_on_the_hub(hub, monkeypatch, tmp_path, tiny, capsys):
+    """It is fetched again, whole or not at all; where the hub cannot be asked, what is here is taken."""
+    name = hub.base + "model.safetensors"
+    fetch_and_import(monkeypatch, tmp_path, "gpt2")
+    hub.files[name], hub.etag = hub.files[name][:-4] + np.float32(0.5).tobytes(), '"2"'
+    hub.faults[name] = ["", "404"]
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        fetch_and_import(monkeypatch, tmp_path, "gpt2")
+    old = tmp_path / "data/hf/openai-community--gpt2/model.safetensors"
+    assert old.read_bytes() != hub.files[name] and old.stat().st_size == len(hub.files[name])
+    capsys.readouterr()
+    changed = fetch_and_import(monkeypatch, tmp_path, "gpt2")
+    assert "model.safetensors has changed on the hub" in capsys.readouterr().out
+    assert changed != Path(tiny).read_bytes() and old.read_bytes() == hub.files[name]
+    monkeypatch.setattr(import_hf, "HF", "http://127.0.0.1:9")
+    assert fetch_and_import(monkeypatch, tmp_path, "gpt2") == changed
+    assert "does not say whether it has changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, base", [
+    ("gpt2@v1.0", "/openai-community/gpt2/resolve/v1.0/"), ("a/b@refs/pr/1", "/a/b/resolve/refs%2Fpr%2F1/"),
+    ("a/b@607a30d783dfa663caf39e06633721c8d4cfcd7e", "/a/b/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/")])
+def test_revision_of_a_model(model, base, hub, monkeypatch, tmp_path, tiny):
+    """Beside the newest version, which stays what it is"""
+    main = dict(hub.files)
+    with pytest.raises(ValueError, match="has no config.json\n---> HINT: .*revision"):
+        fetch_and_import(monkeypatch, tmp_path, model)
+    hub.files = {base + name.rpartition("/")[2]: content for name, content in main.items()}
+    assert fetch_and_import(monkeypatch, tmp_path, model) == Path(tiny).read_bytes()
+    assert {path.rpartition("/")[0] + "/" for path, _ in hub.requests} == {base}
+    hub.files = main
+    assert fetch_and_import(monkeypatch, tmp_path, "gpt2") == Path(tiny).read_bytes()
+    assert len(list((tmp_path / "data/hf").iterdir())) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a vocabulary of its own
+
+OWN_TEXT = "Hällo wörld, it's  naïve\n\n日本 don't .<|endoftext|> \t1234567 ll 'll the theme"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(kind): the folder of a model whose vocabulary is its own, and the tokenizer that wrote it"""
+    tokenizers = pytest.importorskip("tokenizers", reason=MISSING)
+
+    def own(kind="tokenizer.json"):
+        tokenizer = tokenizers.ByteLevelBPETokenizer()
+        text = [" ".join(f"the theme {i} don't wörld 日本" for i in range(300))]
+        tokenizer.train_from_iterator(text, 400, special_tokens=["<pad>", "<|endoftext|>"], show_progress=False)
+        V = tokenizer.get_vocab_size()
+        path = write_model(tmp_path / "first.bin", 64, V, (V + 127) // 128 * 128, 1, 1, 32)
+        export_hf.export(Checkpoint(path), tmp_path / "own", "fp32")
+        edit_config(tmp_path / "own", bos_token_id=1, eos_token_id=1)
+        if kind == "tokenizer.json":
+            tokenizer.save(str(tmp_path / "own" / kind))
+        else:
+            tokenizer.save_model(str(tmp_path / "own"))
+        return tmp_path / "own", tokenizer
+    return own
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_own_vocabulary_goes_in_and_out(own, kind, tmp_path, python, transformers):
+    folder, theirs = own(kind)
+    import_hf.import_model(folder, tmp_path / "own.bin", "fp32")
+    ours = vocabularies.own_vocabulary(str(tmp_path / "own.bin"))
+    for text in OWN_TEXT.split("<|endoftext|>"):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert b"".join(ours.tokens[i] for i in ours.encode(text)).decode() == text
+    assert ours.eot_token == 1 and ours.encode("the<|endoftext|> the")[1] == 1
+    run = python("-m", "dev.generate", "-e", tmp_path / "own.bin", "-p", "the wörld", "-n", "5", "--temperature", "0")
+    out, err = run.communicate()
+    assert run.returncode == 0 and out.startswith("the wörld"), err
+    export_hf.export(Checkpoint(tmp_path / "own.bin"), tmp_path / "out", "fp32")
+    for name in {"tokenizer.json", "vocab.json", "merges.txt"} & {p.name for p in folder.iterdir()}:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 1)
+    if kind == "vocab.json":
+        again = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "out")
+        assert again("the wörld").input_ids == ours.encode("the wörld")
+
+
+def test_own_vocabulary_goes_into_gguf(own, tmp_path, gguf):
+    folder, theirs = own()
+    import_hf.import_model(folder, tmp_path / "own.bin", "fp32")
+    export_gguf.export(Checkpoint(tmp_path / "own.bin"), tmp_path / "own.gguf", "f32")
+    fields = read_gguf(gguf, tmp_path / "own.gguf")[0]
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert tokens == [theirs.id_to_token(i) for i in range(theirs.get_vocab_size())]
+    assert fields["tokenizer.ggml.token_type"][:3] == [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL]
+    assert all(first + second in tokens for first, second in map(str.split, fields["tokenizer.ggml.merges"]))
+    assert fields["tokenizer.ggml.eos_token_id"] == 1
+
+
+def test_own_vocabulary_goes_along(own, tmp_path, monkeypatch, tiny):
+    """Into a converted checkpoint; and away, where another model is imported under the same name."""
+    import_hf.import_model(own()[0], tmp_path / "own.bin", "fp32")
+    flags = ["-i", tmp_path / "own.bin", "-o", tmp_path / "narrow.bin", "-d", "bf16"]
+    monkeypatch.setattr("sys.argv", ["convert_bin.py", *map(str, flags)])
+    convert_bin.main()
+    assert vocabularies.own_vocabulary(str(tmp_path / "narrow.bin")).tokens
+    export_hf.export(Checkpoint(tiny), tmp_path / "plain", "fp32")
+    import_hf.import_model(tmp_path / "plain", tmp_path / "own.bin", "fp32")
+    assert not (tmp_path / "own.tokenizer").exists()
+
+
+@pytest.mark.parametrize("damage, problem", [
+    (lambda t: t["model"].update(type="Unigram"), "Unigram"), (lambda t: t.update(pre_tokenizer=None), "None"),
+    (lambda t: t.update(normalizer={"type": "Lowercase"}), "Lowercase"), (lambda t: t.pop("model"), "not of|no vocab"),
+    (lambda t: t["model"].update(vocab=[["a", 1]]), "no vocabulary")])
+def test_a_vocabulary_of_another_kind(own, tmp_path, damage, problem, python, capsys):
+    """It is kept and exported; that it cannot be used here is one clear line."""
+    folder, _ = own()
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    damage(whole)
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    import_hf.import_model(folder, tmp_path / "own.bin", "fp32")
+    assert re.search(f"note: .*only its token numbers: .*({problem})", capsys.readouterr().out)
+    run = python("-m", "dev.generate", "-e", tmp_path / "own.bin", "-n", "3", "--past_end")
+    out, err = run.communicate()
+    assert run.returncode == 0 and re.search(r"^\d+ \d+ \d+", out) and "as token numbers: " in err
+    run = python("-m", "dev.generate", "-e", tmp_path / "own.bin", "-p", "text")
+    assert "error: a prompt cannot be made into tokens" in run.communicate()[1] and run.returncode == 1
+    export_hf.export(Checkpoint(tmp_path / "own.bin"), tmp_path / "out", "fp32")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_gpt2s_vocabulary_is_not_kept(tmp_path, vocabulary):
+    path = write_model(tmp_path / "model.bin", 8, 50257, 50304, 1, 1, 8)
+    export_hf.export(Checkpoint(path), tmp_path / "hf", "bf16")
+    import_hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
+    assert not (tmp_path / "back.tokenizer").exists()
+    (tmp_path / "hf" / "merges.txt").write_text("#version: 0.2\n")
+    import_hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
+    assert len(vocabularies.own_vocabulary(str(tmp_path / "back.bin")).encode("abc")) == 3
 
 
 def test_sharded_model_comes_from_the_hub(hub, monkeypatch, tmp_path, folder, tiny):
@@ -368,7 +509,9 @@ def test_gguf_holds_the_same_tensors(dtype, tiny, tmp_path, gguf):
         x = np.array(getattr(params, name))
         layers = {theirs.format(layer): (name, x[layer]) for layer in range(2)}
         expected.update(layers if "{}" in theirs else {theirs: (name, x)})
-    assert tensors.keys() == expected.keys()
+    assert tensors.keys() == expected.keys() | {"output.weight"}
+    np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
+    assert types["output.weight"] == types["token_embd.weight"]
     for theirs, (name, x) in expected.items():
         x = x[:300] if name == "wte" else x
         matrix = theirs.endswith("weight") and "norm" not in theirs and name != "wpe"
@@ -412,6 +555,16 @@ def test_gguf_has_gpt2s_tokenizer(tmp_path, gguf, vocabulary):
     assert len(merges) == 50000 and merges[0] == "Ġ t" and merges[-1] == "Ġg azed"
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert fields["tokenizer.ggml.eos_token_id"] == fields["tokenizer.ggml.bos_token_id"] == 50256
+
+
+@pytest.mark.parametrize("flags, has", [([], True), (["--tied", "0"], True), (["--tied", "1"], False)])
+def test_gguf_with_and_without_an_output_matrix(flags, has, tiny, tmp_path, gguf, monkeypatch):
+    """llama.cpp reads one without since March 2025 only"""
+    path = tmp_path / "model.gguf"
+    monkeypatch.setattr("sys.argv", ["export_gguf.py", "-i", tiny, "-o", str(path), "-d", "q8_0", *flags])
+    export_gguf.main()
+    types = read_gguf(gguf, path)[1]
+    assert ("output.weight" in types) == has and types.get("output.weight", "Q8_0") == "Q8_0"
 
 
 def test_gguf_of_bfloat16_weights(tiny, tmp_path, gguf):

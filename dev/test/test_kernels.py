@@ -11,6 +11,7 @@ import pytest
 from formulas import F32, close, normal
 
 import train_gpt2 as t
+from dev.run.random_weights import box_muller
 
 
 @pytest.fixture(autouse=True)
@@ -356,6 +357,6 @@ def test_sum_of_squares(rng, size):
 def test_box_muller(rng, new):
     u, out = rng.random(48, F32), new(48)
     u[:8] = 0, 0, 0, 2**-24, 0.5, 1 - 2**-24, 0.25, 0.75
-    t.box_muller(out, u, F32(0.02))
+    box_muller(out, u, F32(0.02))
     expected = 0.02 * np.concatenate([formulas.box_muller(np.float64(x)) for x in np.split(u, 3)])
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-7)

@@ -70,6 +70,24 @@ def test_validation_is_never_shuffled(write_shards):
     check(loader, shards, order)
 
 
+@pytest.mark.parametrize("folder", ["[2024] texts", "a[b", "[!x]", "x?*"])
+@pytest.mark.parametrize("name", ["s_train_*.bin", "s_train_000000.bin", "s_train_??????.bin"])
+def test_folders_that_exist_are_taken_literally(make_shard, tmp_path, folder, name):
+    (tmp_path / folder).mkdir()
+    path = make_shard(tmp_path / folder / "s_train_000000.bin", range(100))
+    assert DataLoader(str(tmp_path / folder / name), 2, 16).files == [path]
+
+
+def test_files_that_exist_are_taken_literally(make_shard, tmp_path, monkeypatch):
+    make_shard(tmp_path / "a.bin", range(50))
+    make_shard(tmp_path / "[a].bin", range(100))
+    monkeypatch.chdir(tmp_path)
+    assert DataLoader("[a].bin", 2, 16).num_tokens == 100 and DataLoader("[ab].bin", 2, 16).num_tokens == 50
+    (tmp_path / "folder").mkdir()
+    make_shard(tmp_path / "folder" / "b.bin", range(70))
+    assert DataLoader(str(tmp_path / "*" / "[b].bin"), 2, 16).num_tokens == 70  # a pattern of folders, as ever
+
+
 def test_number_of_tokens(write_shards):
     pattern, _ = write_shards(300, 10, 200)
     assert DataLoader(pattern, 2, 16).num_tokens == 510

@@ -42,14 +42,19 @@ def test_only_the_first_process_speaks(flags, monkeypatch, capfd):
 
 
 def test_processes_take_turns_at_the_data(flags, monkeypatch):
-    """Each has its part of every batch, for training and for validation."""
-    loaders = []
+    """All go through the same batches, for training and for validation: what a lone process reads, two divide."""
+    def batches(processes, micro_batches):
+        read = []
 
-    class Loader(train_gpt2.DataLoader):
-        def __init__(self, *args, **named):
-            super().__init__(*args, **named)
-            loaders.append(self)
-    monkeypatch.setattr(train_gpt2, "GPT2", NullEngine)
-    monkeypatch.setattr(train_gpt2, "DataLoader", Loader)
-    train_gpt2.train(parse_flags(flags("-x 1")), Second())
-    assert [(loader.rank, loader.processes) for loader in loaders] == [(1, 2), (1, 2)]
+        class Reader(NullEngine):
+            def forward(self, inputs, targets=None, train=True):
+                read.append((train, inputs.tolist()))
+                return super().forward(inputs, targets, train)
+        monkeypatch.setattr(train_gpt2, "GPT2", Reader)
+        given = parse_flags(flags("-x 3 -v 1 -m 4"))
+        given.micro_batches = micro_batches
+        train_gpt2.train(given, processes)
+        return [x for train, x in read if train], [x for train, x in read if not train]
+    (training, validation), (ours, ours_too) = batches(ALONE, 4), batches(Second(), 2)
+    assert len(training) == 12 and ours == training[1::2]
+    assert len(validation) == 16 and ours_too == validation[1::2]

@@ -1,5 +1,6 @@
 """Plots of main.log: what is read from a log, and pictures of whatever runs there are."""
 import itertools
+import re
 
 import pytest
 
@@ -88,6 +89,18 @@ def test_text_of_a_picture(write_run, tmp_path, monkeypatch):
     words = "my_run", "val 3.100", "train 3.010", "GPT-2 124M", "GPT-2 350M", "Learning rate"
     assert all(word in text for word in words)
     assert "GPT-2 1558M" not in text and "HellaSwag" not in text
+
+
+@pytest.mark.parametrize("flag", ["--smooth", "--loss_min", "--loss_max"])
+@pytest.mark.parametrize("value", ["-5", "0", "nan", "-inf"])
+def test_flags_that_make_no_picture(write_run, tmp_path, capsys, flag, value):
+    if flag == "--smooth" and value in ("nan", "-inf"):
+        with pytest.raises(SystemExit):
+            vislog.main([str(write_run("run")), "--smooth", value])
+    elif flag == "--smooth" or value in ("nan", "-inf"):
+        assert vislog.main([str(write_run("run")), "-o", str(tmp_path / "run.png"), f"{flag}={value}"]) == 1
+        assert re.fullmatch(r"error: .*\n---> HINT: .*\n", capsys.readouterr().err)
+        assert not (tmp_path / "run.png").exists()
 
 
 @pytest.mark.parametrize("text", [None, "", "nothing\n", "s:1 lr:3\n"])

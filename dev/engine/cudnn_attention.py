@@ -1,15 +1,15 @@
 """
 Attention by cuDNN's fused kernels, on q, k, v as they lie in the output of the qkv product.
 
-The deterministic backward pass has B*NH*T*T bfloat16 of workspace, so it goes over slices of the batch: the same bits, and
-half a gigabyte instead of 1.6 at B=64, T=1024.
+The deterministic backward pass has B*NH*T*T bfloat16 of workspace, 1.6 GB at B=64, T=1024. Where that would be more
+than two, it goes over slices of the batch; slices of a quarter took 1.53 ms instead of 1.40.
 """
 import math
 
 import cudnn
 
 BF16, F32 = cudnn.data_type.BFLOAT16, cudnn.data_type.FLOAT
-SLICE = 512 << 20  # bytes of the backward pass's workspace, at most, if one sequence doesn't need more
+SLICE = 2 << 30  # bytes of the backward pass's workspace, at most, if one sequence does not need more
 
 
 def sequences(B, NH, T):
@@ -36,8 +36,9 @@ class Attention:
             self.forward_graph, self.forward_tensors = self.forward_plan(B)
             self.backward_graph, self.backward_tensors = self.backward_plan(self.slice) if train else (None, None)
         except cudnn.cudnnGraphNotSupportedError as error:
-            raise ValueError(f"cuDNN {cudnn.backend_version_string()} has no attention for {B} sequences of {T} tokens, "
-                             f"{NH} heads of {hs} on {gpu.name}: {error}\n---> HINT: --attention own needs no cuDNN") from error
+            raise ValueError(f"cuDNN {cudnn.backend_version_string()} has no attention for {B} sequences of {T} "
+                             f"tokens, {NH} heads of {hs} on {gpu.name}: {error}\n"
+                             "---> HINT: --attention own needs no cuDNN") from error
         graphs = [graph for graph in (self.forward_graph, self.backward_graph) if graph]
         self.address = gpu.allocate(max(graph.get_workspace_size() for graph in graphs))
 

@@ -1,0 +1,151 @@
+"""
+The output folder of a run: who may write there, main.log, and what earlier runs have left.
+
+Nothing that was there before changes until the first step has succeeded: until then a run may have been a mistake.
+"""
+import contextlib
+import glob
+import os
+import re
+
+import numpy as np
+
+from dev.run.checkpoints import checkpoint_files, complete_checkpoints, remove_old_checkpoints, save
+from dev.run.files import write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def own_folder(flags, processes):
+    """A context in which no other run has the folder -o. It is made if need be, and removed if nothing came into it.
+    The first of several processes sees to that. ValueError where another run has it, or where it holds a run and
+    nothing says what is to become of that."""
+    if processes.rank > 0:
+        yield
+        return
+    folder = flags.output_dir
+    made = bool(folder) and not os.path.isdir(folder)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    try:
+        with locked(folder):
+            refuse_old_run(flags)
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """A context that has a lock on a folder: without a file of its own, and ended with the process, however that ends.
+    Where the system or the file system (NFS) has no such locks there is none."""
+    if not folder or fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to {folder}\n---> HINT: wait for it, stop it, or name "
+                                 "another folder with -o") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_old_run(flags):
+    """ValueError where a new run would overwrite an old one and neither -y 1 nor --overwrite 1 says so"""
+    folder = flags.output_dir
+    if not folder or flags.resume or flags.overwrite:
+        return
+    steps, log = complete_checkpoints(folder), os.path.join(folder, "main.log")
+    if steps:
+        raise ValueError(f"{folder} holds a run's checkpoints, the newest of step {steps[-1]}\n---> HINT: -y 1 goes on "
+                         "from it, --overwrite 1 begins anew in its place, -o names another folder")
+    if os.path.isfile(log) and os.path.getsize(log):
+        raise ValueError(f"{log} is a run's log\n---> HINT: --overwrite 1 begins anew in its place, -o names another "
+                         "folder")
+
+
+class Output:
+    """What a run leaves in its folder, if it has one. Of several processes the first writes the log."""
+
+    def __init__(self, flags, run):
+        self.flags, self.run, self.folder = flags, run, flags.output_dir
+        self.logs = self.folder and run.engine.processes.rank == 0
+        self.path = os.path.join(self.folder or "", "main.log")
+        self.lines, self.begun = [], False  # lines of the log that wait for begin()
+
+    def describe(self, steps):
+        """Lines that say what will become of the run in the folder; steps: the run's, in all"""
+        flags, run, lines = self.flags, self.run, []
+        if run.resumed:
+            if run.model != flags.model:
+                lines += [f"-e {flags.model} is ignored: the run that goes on began with -e {run.model}"]
+            if run.step >= steps:
+                lines += [f"no step is left: the checkpoint is of step {run.step}, the run's last step is -x {steps}\n"
+                          "---> HINT: a greater -x goes on from it"]
+        elif self.folder and flags.resume:
+            lines += [f"no complete checkpoint in {self.folder}: starting from {flags.model}"]
+        elif self.folder and complete_checkpoints(self.folder):
+            lines += [f"starting anew in {self.folder}: the old run there goes when the first step has succeeded"]
+        return lines
+
+    def log(self, line):
+        self.lines.append(line + "\n")
+        if self.begun:
+            self.write_log()
+
+    def write_log(self):
+        if self.logs:
+            with open(self.path, "a") as file:
+                file.writelines(self.lines)
+        self.lines = []
+
+    def wanted(self):
+        """Is there something that a checkpoint would save? Not where one was just resumed, nor before the first step in
+        the place of an old run."""
+        new = self.begun or self.run.resumed or not complete_checkpoints(self.folder)
+        return bool(new) and self.run.resumed != (self.run.step, True)
+
+    def save(self):
+        """Write a checkpoint; returns the seconds that it took."""
+        self.begin()
+        return save(self.flags, self.run)
+
+    def begin(self):
+        """Remove what a run that was killed, or that is not resumed, has left; begin the log."""
+        if self.logs and not self.begun:
+            for path in glob.glob(os.path.join(glob.escape(self.folder), "*.tmp")):
+                os.unlink(path)
+            if self.run.resumed:
+                flags = self.flags
+                remove_old_checkpoints(self.folder, flags.checkpoints_keep, flags.major_checkpoint_every)
+            else:
+                for step in complete_checkpoints(self.folder):
+                    os.unlink(checkpoint_files(self.folder, step)[0])  # without DONE it is none
+            begin_log(self.path, self.run.resumed)
+            self.write_log()
+        self.begun = True
+
+
+def begin_log(path, resumed):
+    """Begin main.log. Of a run that goes on, those lines stay that its checkpoint knows: before `resumed`, a step and
+    whether validation at that step is over."""
+    lines = []
+
+    def known(line):  # at the checkpoint's step, validation came before it, training after
+        match = re.match(r"s:(\d+) (\w+):.*\n", line)
+        return match and (int(match[1]), match[2] == "trl") < resumed
+    if resumed and os.path.exists(path):
+        with open(path) as file:
+            lines = filter(known, file.readlines())
+    write_file(path, np.frombuffer("".join(lines).encode(), np.uint8))

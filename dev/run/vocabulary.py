@@ -1,0 +1,146 @@
+"""
+A model's own vocabulary, where it is not GPT-2's: the tokenizer files that dev/eval/import_hf.py keeps beside a .bin.
+
+Read is GPT-2's kind: byte-pair encoding of bytes, after GPT-2's way to cut a text into words. The files are
+tokenizer.json (https://github.com/huggingface/tokenizers), or vocab.json and merges.txt.
+"""
+import json
+import os
+
+from dev.run.text import Tokenizer
+
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; others from 256 on
+LETTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+
+
+def beside(path):
+    """The folder with the tokenizer files of a checkpoint"""
+    return f"{os.path.splitext(path)[0]}.tokenizer"
+
+
+def read_json(folder, name):
+    """What a JSON file says, {} where it is missing. ValueError where it is damaged, or says no names and values."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}\n---> HINT: import the model again") from None
+
+
+class Vocabulary(Tokenizer):
+    """
+    The vocabulary in a folder. ValueError, with the reason, where it is none of GPT-2's kind.
+
+    names: how the files spell each token; merges: pairs of names, those that are put together first come first.
+    special: {text: token} of those that stand for themselves. eot_token: with which a text ends.
+    """
+
+    def __init__(self, folder):
+        self.folder, whole = folder, read_json(folder, "tokenizer.json")
+        model = whole.get("model") or {}
+        ids, merges = (model.get("vocab"), model.get("merges")) if whole else self.read_old_files()
+        self.prefix = self.check(whole, model)
+        if not isinstance(ids, dict) or not ids or not isinstance(merges, list):
+            raise ValueError(f"{folder}: no vocabulary of names and merges")
+        self.merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self.special = {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
+        self.special |= read_json(folder, "added_tokens.json")
+        config, generation = (read_json(folder, name) for name in ("config.json", "generation_config.json"))
+        self.ids = {**ids, **self.special}
+        if "<|endoftext|>" in ids:
+            self.special["<|endoftext|>"] = ids["<|endoftext|>"]
+        end = config.get("eos_token_id", generation.get("eos_token_id"))
+        self.eot_token = end if isinstance(end, int) else self.special.get("<|endoftext|>", max(self.ids.values()))
+        self.names = [None] * (1 + max(self.ids.values()))
+        for name, token in self.ids.items():
+            self.names[token] = name
+        self.tokens = [self.spell(name) for name in self.names]
+        self.reset()
+
+    def read_old_files(self):
+        ids = read_json(self.folder, "vocab.json")
+        path = os.path.join(self.folder, "merges.txt")
+        if not ids or not os.path.isfile(path):
+            raise ValueError(f"{self.folder}: neither tokenizer.json nor vocab.json and merges.txt")
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        return ids, [line for line in lines if line and not line.startswith("#version")]
+
+    def check(self, whole, model):
+        """ValueError unless it is GPT-2's kind of BPE. Returns whether a text begins with a space."""
+        if not whole:
+            kind = read_json(self.folder, "tokenizer_config.json")
+            if kind.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast") != "GPT2Tokenizer":
+                raise ValueError(f"{self.folder}: its tokenizer is a {kind['tokenizer_class']}, not of GPT-2's kind")
+            return bool(kind.get("add_prefix_space", False))
+        before = whole.get("pre_tokenizer") or {}
+        found = model.get("type", "BPE"), before.get("type"), before.get("use_regex", True), whole.get("normalizer")
+        if found != ("BPE", "ByteLevel", True, None):
+            raise ValueError(f"{self.folder}: its tokenizer is {' '.join(map(str, found))}, not of GPT-2's kind")
+        return bool(before.get("add_prefix_space", False))
+
+    def spell(self, name):
+        """The bytes of a token"""
+        if name is None or name in self.special or not all(letter in BYTES for letter in name):
+            return (name or "").encode()
+        return bytes(BYTES[letter] for letter in name)
+
+    def encode(self, text):
+        """The tokens of a text, in which special ones may be spelt out"""
+        import regex  # tiktoken's
+        marks = sorted(filter(None, self.special), key=len, reverse=True)
+        parts = regex.split("(" + "|".join(map(regex.escape, marks)) + ")", text) if marks else [text]
+        tokens = []
+        for part in parts:
+            if part in self.special:
+                tokens.append(self.special[part])
+                continue
+            part = " " + part if self.prefix and part and not part[0].isspace() else part
+            for word in regex.findall(WORDS, part):
+                tokens += self.encode_word(word)
+        return tokens
+
+    def encode_word(self, word):
+        """Of all neighbours that may be merged those come first that are first in the list, from left to right."""
+        parts = [LETTERS[b] for b in word.encode("utf-8", "replace")]
+        while len(parts) > 1:
+            first = min(zip(parts, parts[1:], strict=False), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if first not in self.ranks:
+                break
+            merged, at = [], 0
+            while at < len(parts):
+                step = 2 if tuple(parts[at:at + 2]) == first else 1
+                merged.append("".join(parts[at:at + step]))
+                at += step
+            parts = merged
+        unknown = [part for part in parts if part not in self.ids]
+        if unknown:
+            raise ValueError(f"{self.folder}: it has no token for {unknown[0]!r} in {word!r}")
+        return [self.ids[part] for part in parts]
+
+
+class Numbers(Tokenizer):
+    """For a vocabulary that cannot be read: tokens are printed as numbers, and there is no way to write a prompt."""
+
+    def __init__(self, problem):
+        self.problem, self.tokens, self.eot_token = problem, None, 50256
+        self.reset()
+
+    def encode(self, text):
+        raise ValueError(f"a prompt cannot be made into tokens: {self.problem}\n---> HINT: leave --prompt out")
+
+
+def own_vocabulary(path):
+    """The vocabulary beside a checkpoint, None where it is GPT-2's"""
+    if not os.path.isdir(beside(path)):
+        return None
+    try:
+        return Vocabulary(beside(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Numbers(str(error).splitlines()[0])

@@ -1,0 +1,98 @@
+"""
+Products that read bfloat16 and add in float32: against the product of the rounded numbers, in each way that this
+processor has; whole steps against float32; the same bits on any number of threads, and after a resume.
+"""
+import numba
+import numpy as np
+import pytest
+from formulas import F32, close, normal
+from models import LONG, ODD, batch, tensors, unsettled
+
+import train_gpt2 as t
+from dev.run.machine import allow_amx
+
+PANELS = [np.int32] + ([np.uint32] if t.PAIRS and (not t.AMX or allow_amx()) else [])  # rounded numbers; pairs
+
+
+def rounded(x):
+    """To the nearest bfloat16, ties to even, in float64"""
+    bits = np.ascontiguousarray(x, F32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(F32).astype(np.float64)
+
+
+@pytest.fixture(params=PANELS, ids=lambda dtype: dtype.__name__)
+def panels(request):
+    return np.full(t.PANELS, -1, np.int32).view(request.param)  # -1: NaN, if it were read
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 50, 3), (3, 7, 4), (8, 48, 192), (9, 49, 193), (32, 32, 32),
+                                     (17, 100, 258), (33, 33, 800), (250, 130, 515), (512, 64, 1600)])
+@pytest.mark.parametrize("add", [False, True])
+def test_tile_product(rng, new, panels, M, N, K, add):
+    C, before = new(M + 2, N + 3), normal(rng, M + 2, N + 3)
+    a, b = normal(rng, M, K + 1)[:, 1:], normal(rng, K, N + 1)[:, :-1]
+    a_transposed, b_transposed = normal(rng, K, M + 1)[:, 1:].T, normal(rng, N, K + 1)[:, 1:].T
+    for A in a, a_transposed:
+        for B in b, b_transposed:
+            C[:] = before
+            if not add:
+                C[1:M + 1, 1:N + 1] = np.nan
+            t.tile_product(C[1:M + 1, 1:N + 1], A, B, add, panels)
+            close(C[1:M + 1, 1:N + 1], rounded(A) @ rounded(B) + (before[1:M + 1, 1:N + 1] if add else 0), 2e-6)
+            C[1:M + 1, 1:N + 1] = before[1:M + 1, 1:N + 1]
+            assert (C == before).all(), "written outside the tile"
+
+
+@pytest.mark.parametrize("M, N, K", [(13, 66, 70), (128, 640, 64), (300, 40, 130), (40, 30, 517)])
+@pytest.mark.parametrize("d", [0, 1, 37, 384, -17])
+def test_triangles(rng, new, panels, M, N, K, d):
+    C, A, B = new(M, N), normal(rng, M, K), normal(rng, K, N)
+    r, c, k = np.arange(M)[:, None], np.arange(N), np.arange(K)
+    for triangle, zero in (t.SCORES, k < 0), (t.LOWER, k > r + d), (t.UPPER, k < r + d):
+        masked = np.where(zero, F32(0), A)
+        C[:] = np.nan
+        t.tile_product(C, masked, B, False, panels, triangle, d)
+        needed = np.broadcast_to(c <= r + d if triangle == t.SCORES else True, (M, N))
+        expected = (rounded(masked) @ rounded(B))[needed]
+        if expected.any():
+            close(C[needed], expected, 2e-6)
+
+
+def test_nan_and_infinity_stay(new, panels):
+    A, B, C = np.ones((40, 64), F32), np.ones((64, 40), F32), new(40, 40)
+    A[3, 5], A[7, 9] = np.nan, np.inf
+    t.tile_product(C, A, B, False, panels)
+    assert np.isnan(C[3]).all() and (C[7] == np.inf).all() and (np.delete(C, (3, 7), 0) == 64).all()
+
+
+@pytest.mark.parametrize("config, B, T", [(ODD, 3, 9), (LONG, 2, 300)])
+def test_a_step_is_close_to_float32(config, B, T):
+    grads, losses = [], []
+    for precision in "fp32", "bf16":
+        weights = unsettled(config).params.memory
+        engine = t.GPT2(config, None, lambda params, w=weights: np.copyto(params.memory, w), precision)
+        losses.append(engine.forward(*batch(config, B, T)))
+        engine.backward()
+        grads.append(tensors(engine))
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[0] != losses[1]
+    for name, expected in grads[0].items():
+        assert np.linalg.norm(grads[1][name] - expected) <= 4e-2 * np.linalg.norm(expected), name
+
+
+def test_the_same_bits_on_any_number_of_threads(tiny):
+    found = []
+    for threads in 1, 2, 3:
+        numba.set_num_threads(threads)
+        engine = t.build(tiny, precision="bf16")
+        for step in range(2):
+            engine.forward(*batch(engine.config, 4, 64))
+            engine.backward()
+            engine.update(step, 1e-2)
+        found.append(engine.host("params").memory.tobytes())
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_it_says_and_refuses(tiny):
+    assert "bfloat16" in t.build(tiny, precision="bf16").describe()[0]
+    with pytest.raises(ValueError, match="HINT"):
+        t.build(tiny, precision="bf16", matmul="blas")
