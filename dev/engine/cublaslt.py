@@ -44,26 +44,29 @@ class Choices:
     may add in another order, and every run should have the same bits. None are chosen where no file can be written."""
 
     def __init__(self, path, prefix):
-        self.path, self.prefix, self.found, self.changed = path, prefix, {}, False
-        try:
-            with open(path) as file:
-                self.found = {str(name): bytes.fromhex(algorithm) for name, algorithm in json.load(file).items()}
-        except (OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged: choose again
-            pass
+        self.path, self.prefix, self.found = path, prefix, {}
         self.writable = os.access(os.path.dirname(path), os.W_OK)
 
+    def read(self):
+        """Take what the file has by now: other runs choose, too."""
+        try:
+            with open(self.path) as file:
+                self.found |= {str(name): bytes.fromhex(algorithm) for name, algorithm in json.load(file).items()}
+        except (OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged: choose again
+            pass
+
     def get(self, key):
-        return self.found.get(f"{self.prefix} {key}")
+        name = f"{self.prefix} {key}"
+        if name not in self.found:
+            self.read()
+        return self.found.get(name)
 
     def put(self, key, algorithm):
+        """Keep it, in the file at once: the next engine must not choose otherwise."""
+        self.read()
         self.found[f"{self.prefix} {key}"] = algorithm
-        self.changed = True
-
-    def save(self):
-        if self.changed:
-            text = json.dumps({name: algorithm.hex() for name, algorithm in self.found.items()}, indent=0)
-            write_file(self.path, np.frombuffer(text.encode(), np.uint8))
-            self.changed = False
+        text = json.dumps({name: algorithm.hex() for name, algorithm in self.found.items()}, indent=0)
+        write_file(self.path, np.frombuffer(text.encode(), np.uint8))
 
 
 class Products:
@@ -192,7 +195,6 @@ class Products:
         best = int(np.argmin(times))
         plan.algorithm = algorithms[best if times[best] < 0.98 * times[0] else 0]
         self.choices.put(key, plan.algorithm.tobytes())
-        self.choices.save()  # at once: the next engine must not choose otherwise
 
     def fits(self, plan):
         """Can the plan's algorithm do its product, in the workspace that there is?"""

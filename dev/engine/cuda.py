@@ -37,6 +37,7 @@ F32, BF16, I32 = k.F32, k.BF16, np.dtype(np.int32)
 CLASSIFIER_ROWS = 1 << 15  # rows whose logits exist at a time: 3.3 GB of bfloat16
 EVALUATED = 64             # sequences that are only evaluated are filled up to a multiple of so many tokens
 SLOTS = 1024               # losses that may be on their way to the host
+SHARED = (48 << 10) - 256  # bytes of shared memory that attention_decode may ask for
 LAYER_TENSORS = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "atty", "lse", "residual2",
                  "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "residual3")
 LAYER_PARAMS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
@@ -90,6 +91,9 @@ class Attention:
     def square(self, buffer):
         return Matrix(buffer.ptr, buffer.dtype, self.width, self.T * self.width)
 
+    def free(self):
+        """Its scratch memory is a part of the batch's."""
+
     def forward(self, out, lse, qkv):
         NH, T, hs, multiply = self.NH, self.T, self.hs, self.products.batched
         scores, _, probs, _ = self.squares
@@ -126,9 +130,14 @@ class GPT2(Engine):
             raise ValueError(f"--device cuda is for one process, not {processes.size}\n"
                              "---> HINT: start it without mpirun; --device cpu trains in several")
         C, hs = config.channels, config.channels // config.num_heads
-        if C % 8 or hs % 8 or C > 3840:
+        if C % 8 or hs % 8 or C > 3840 or hs > 256:
             raise ValueError(f"a model of {C} channels in heads of {hs} does not run on a GPU\n"
-                             "---> HINT: both must be multiples of 8, and channels at most 3840")
+                             "---> HINT: both must be multiples of 8, channels at most 3840, a head's at most 256")
+        self.decoding = hs // 8, 32 if hs % 16 else 16  # whole warps for a head's channels; rows
+        positions = SHARED // 4 - self.decoding[1] * hs
+        if config.max_seq_len > positions:
+            raise ValueError(f"a model of {config.max_seq_len} positions in heads of {hs} channels does not run on a "
+                             f"GPU\n---> HINT: at most {positions} do")
         self.weights, self.dtype, self.tf32 = weights, F32 if precision == "fp32" else BF16, bool(int(tf32))
         self.gpu = Gpu()
         if self.dtype == BF16 and self.gpu.capability < (8, 0):
@@ -284,10 +293,9 @@ class GPT2(Engine):
         if key not in self.plans:
             table = self.activation_table(B, T, self.recompute, train)
             if bytes_of(table) > self.capacity:
-                self.gpu.drop_graphs()
-                if self.memory is not None:
-                    self.gpu.free(self.memory)
-                self.capacity, self.memory, self.plans = bytes_of(table), self.gpu.allocate(bytes_of(table)), {}
+                self.free_activations()
+                self.memory = self.gpu.allocate(bytes_of(table))
+                self.capacity = bytes_of(table)
             acts = place(SimpleNamespace(B=B, T=T), table, self.memory)
             acts.batch = Buffer(self.memory, ((acts.place.ptr + 4 - self.memory) // 4,), I32)
             hs = self.config.channels // self.config.num_heads
@@ -300,6 +308,15 @@ class GPT2(Engine):
             self.plans[key] = acts
         self.acts = self.plans[key]
         return self.acts
+
+    def free_activations(self):
+        """Before a batch that needs more memory: nothing may use the old one, even where there is no more."""
+        self.gpu.drop_graphs()
+        for acts in self.plans.values():
+            acts.attention.free()
+        if self.memory is not None:
+            self.gpu.free(self.memory)
+        self.capacity, self.memory, self.acts, self.plans = 0, None, None, {}
 
     def layer(self, l):
         tensors = ((name, getattr(self.acts, name)) for name in LAYER_TENSORS)
@@ -540,12 +557,14 @@ class GPT2(Engine):
     def queue_read(self, decoding):
         acts, C, NH, launch, cache = self.acts, self.config.channels, self.config.num_heads, self.gpu.launch, self.cache
         hs, width = C // NH, self.block[1]
+        shared = 4 * (self.config.max_seq_len + self.decoding[1] * hs)
 
         def attention(l, at):
-            launch(k.keep_keys, -(-acts.T // width), self.block, cache.keys[l], cache.values[l], at.qkv, acts.place, C)
+            keys, values = cache.keys[l], cache.values[l]
+            launch(k.keep_keys, -(-acts.T // width), self.block, keys, values, at.qkv, acts.place, C)
             if decoding:
-                launch(k.attention_decode, NH, (hs // 8, 16), at.atty, at.qkv, cache.keys[l], cache.values[l],
-                       acts.place, C, hs, np.float32(1 / math.sqrt(hs)), shared=4 * (self.config.max_seq_len + 16 * hs))
+                launch(k.attention_decode, NH, self.decoding, at.atty, at.qkv, keys, values, acts.place, C, hs,
+                       np.float32(1 / math.sqrt(hs)), shared=shared)
             else:
                 acts.attention.forward(at.atty, at.lse, at.qkv)
         self.queue_blocks(attention)

@@ -420,35 +420,35 @@ def keep_keys(keys, values, qkv, place, C):
 @kernel
 def attention_decode(out, qkv, keys, values, place, C, hs, scale):
     # out (C,): the attention of qkv (3*C,) over the first place[0] + 1 of keys, values (maxT, C)
-    # a block for a head: (hs/8, rows) threads. In the end a row of threads has the sum over every rows-th token
+    # a block for a head: (hs/8, rows) threads, whole warps. In the end a row has the sum over every rows-th token
     shared, shared2 = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.float32)
-    memory = cuda.shared.array(0, np.float32)  # the scores (maxT,), then the sums (rows, hs)
+    memory = cuda.shared.array(0, np.float32)  # the sums (rows, hs), then the scores (maxT,)
     x, y, h = np.int64(cuda.threadIdx.x) * 8, np.int64(cuda.threadIdx.y), cuda.blockIdx.x * np.int64(hs)
     rows, n = np.int64(cuda.blockDim.y), np.int64(place[0]) + 1
     thread, threads = y * cuda.blockDim.x + cuda.threadIdx.x, rows * cuda.blockDim.x
-    m, sums = LOWEST, keys.size // C
+    m, scores = LOWEST, rows * hs
     for t in range(thread, n, threads):
         s = vector(ZERO)
         for i in range(0, hs, 8):
             s += load(qkv, h + i) * load(keys, t * C + h + i)
         score = total(s) * (scale * LOG2E)
-        memory[t] = score
+        memory[scores + t] = score
         m = max(m, score)
     m = block_max(m, shared, thread, threads)
     s = ZERO
     for t in range(thread, n, threads):
-        p = cuda.libdevice.exp2f(memory[t] - m)
-        memory[t] = p
+        p = cuda.libdevice.exp2f(memory[scores + t] - m)
+        memory[scores + t] = p
         s += p
     s = block_sum(s, shared2, thread, threads)  # a barrier: all can read the scores now
     v = vector(ZERO)
     for t in range(y, n, rows):
-        v += load(values, t * C + h + x) * memory[t]
-    store(memory, sums + y * hs + x, v)
+        v += load(values, t * C + h + x) * memory[scores + t]
+    store(memory, y * hs + x, v)
     cuda.syncthreads()
     if y == 0:
         for k in range(1, rows):
-            v += load(memory, sums + k * hs + x)
+            v += load(memory, k * hs + x)
         store(out, h + x, v / s)
 
 

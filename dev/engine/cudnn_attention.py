@@ -82,6 +82,9 @@ class Attention:
         """The addresses of q, k and v"""
         return [qkv.ptr + n * self.head_bytes for n in range(3)]
 
+    def free(self):
+        self.gpu.free(self.address)
+
     def forward(self, out, lse, qkv):
         values = *self.parts(qkv), out.ptr, lse.ptr
         self.forward_graph.execute(dict(zip(self.forward_tensors, values)), self.address, handle=self.handle)

@@ -54,7 +54,7 @@ def put(array, x):
 
 
 class Gpu:
-    name, capability, multiprocessors, driver, stream = "NVIDIA H200, of NumPy", (9, 0), 2, 13000, 0
+    name, capability, multiprocessors, driver, stream = "NVIDIA H200 of NumPy", (9, 0), 2, 13000, 0
 
     def __init__(self):
         self.memories, self.free_bytes = {}, 1 << 30
@@ -66,6 +66,8 @@ class Gpu:
         return self.free_bytes - sum(memory.nbytes for memory in self.memories.values()), self.free_bytes
 
     def allocate(self, nbytes):
+        if nbytes > self.free_memory()[0]:
+            raise ValueError("the GPU is full\n---> HINT: use a smaller -b")
         memory = np.full(nbytes + 256, 255, np.uint8)
         address = memory.ctypes.data + -memory.ctypes.data % 256
         self.memories[address] = memory
@@ -121,7 +123,8 @@ class Gpu:
         arrays = [memory_at(x.ptr, x.shape, x.dtype) if hasattr(x, "ptr") else x for x in args]
         assert not any(isinstance(x, float) for x in args), "a float would be a float64 on a GPU"
         names = kernel.py_func.__code__.co_varnames
-        self.timed(name, dict(zip(names, args)), lambda: self.queue(lambda: self.work(name, names, arrays, grid, block, shared)))
+        work = lambda: self.work(name, names, arrays, grid, block, shared)
+        self.timed(name, dict(zip(names, args)), lambda: self.queue(work))
 
     def work(self, name, names, arrays, grid, block, shared):
         getattr(Kernels, name)(*arrays)
@@ -161,9 +164,6 @@ class Gpu:
 class Products:
     def __init__(self, gpu, *args, **keywords):
         self.gpu = gpu
-
-    def save(self):
-        pass
 
     def forward(self, out, inp, weight, bias=None, residual=None, pre=None):
         out, inp, weight, bias, residual, pre = (

@@ -3,7 +3,7 @@ A GPU that runs the kernels' own source in plain Python, slowly, and watches the
 must be inside its array, every vector at a multiple of 16 bytes, every shuffle by a whole warp, and between two
 barriers no thread may touch what another one writes in shared memory.
 
-A kernel becomes a generator that yields where threads wait for each other, so that one Python thread can be all of them.
+A kernel becomes a generator that yields where threads wait for each other: one Python thread can be all of them.
 """
 import ast
 import inspect

@@ -28,9 +28,8 @@ from formulas import (
 import train_gpt2 as t
 
 pytest.importorskip("numba_cuda", reason="the packages of dev/engine/requirements.txt are not installed")
-from numba.cuda import types  # noqa: E402
-
 import simulator  # noqa: E402
+from numba.cuda import types  # noqa: E402
 
 from dev.engine import cuda_kernels as k  # noqa: E402
 

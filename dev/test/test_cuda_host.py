@@ -35,8 +35,8 @@ def weights(config):
 def engines(precision="fp32", **options):
     """The engine for GPUs and that for CPUs, with the same weights"""
     table = t.parameter_table(SMALL)
-    ours = numpy_gpu.engine(SMALL, table, weights, precision=precision, **options)
-    return ours, t.GPT2(SMALL, table, weights)
+    ours = numpy_gpu.engine(SMALL, table, weights(SMALL), precision=precision, **options)
+    return ours, t.GPT2(SMALL, table, weights(SMALL))
 
 
 def step(engine, inputs, targets):
@@ -151,6 +151,38 @@ def test_a_full_card_says_what_fits():
     assert ours.prepare(fits, 200)["parameters"] == 18 * ours.num_parameters
 
 
+def test_a_full_card_in_the_middle():
+    """evaluation of a batch that does not fit: afterwards no old memory is used, and what fits runs as before"""
+    ours = engines()[0]
+    tokens = batch(SMALL, 2, 8)
+    ours.prepare(2, 8)
+    loss = step(ours, *tokens)
+    ours.forget()
+    held = sum(memory.nbytes for memory in ours.gpu.memories.values())
+    ours.gpu.free_bytes = held + 1000
+    with pytest.raises(ValueError, match="---> HINT: use a smaller -b"):
+        ours.forward(*batch(SMALL, 9, 150), train=False)
+    for _ in range(3):
+        assert step(ours, *tokens) == loss
+        ours.forget()
+    assert sum(memory.nbytes for memory in ours.gpu.memories.values()) <= held
+
+
+def test_runs_side_by_side_keep_each_others_choices(tmp_path):
+    pytest.importorskip("nvmath.bindings", reason="dev/engine/requirements.txt is not installed", exc_type=ImportError)
+    pytest.importorskip("numba_cuda", reason="dev/engine/requirements.txt is not installed")
+    from dev.engine.cublaslt import Choices
+    path = str(tmp_path / "choices.json")
+    first, second = Choices(path, "H100"), Choices(path, "H100")
+    first.put("a", b"\1")
+    second.put("b", b"\2")
+    third = Choices(path, "H100")
+    assert [third.get("a"), third.get("b"), first.get("b"), second.get("a")] == [b"\1", b"\2", b"\2", b"\1"]
+    assert Choices(path, "H200").get("a") is None
+    (tmp_path / "choices.json").write_text("[1, ")
+    assert Choices(path, "H100").get("a") is None
+
+
 @pytest.mark.parametrize("name, bf16", [
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989.4),
     ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125),
@@ -161,9 +193,9 @@ def test_peak(monkeypatch, name, bf16):
     assert found == pytest.approx([bf16 * 1e12, bf16 / 2 * 1e12] if bf16 else [np.nan] * 2, nan_ok=True)
 
 
-@pytest.mark.parametrize("C, NH", [(36, 3), (40, 2), (4096, 32)])
-def test_models_that_do_not_run(C, NH):
-    config = t.GPT2Config(8, 37, 128, 1, NH, C)
+@pytest.mark.parametrize("maxT, C, NH", [(8, 36, 3), (8, 40, 2), (8, 4096, 32), (8, 264, 1), (12000, 64, 1)])
+def test_models_that_do_not_run(maxT, C, NH):
+    config = t.GPT2Config(maxT, 37, 128, 1, NH, C)
     with pytest.raises(ValueError, match="HINT"):
         numpy_gpu.engine(config, t.parameter_table(config), weights(config))
 
