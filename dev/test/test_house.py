@@ -52,7 +52,7 @@ def decorators(function):
 
 def is_cached(function):
     """Is it compiled, and kept in Numba's cache?"""
-    return any(text.split(".")[-1] in ("kernel", "inner", "exact") or "cache=True" in text
+    return any(text.split(".")[-1] in ("kernel", "inner", "exact") or "cache=True" in text or text.startswith("cached(")
                for text in decorators(function))
 
 
