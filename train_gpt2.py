@@ -371,6 +371,7 @@ def pack(panels, o, X, width, rowwise):
     panel's width and words up to a multiple of panel_step. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
     rows, depth = X.shape
     many, step = numbers(panels), panel_step(panels)
+    rowwise = rowwise and step == TILE  # known when this is compiled: only AMX's panels are
     total = (depth + many * step - 1) // (many * step) * step
     for n0 in range(0, total, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
         for r in range(0, width, MR):

@@ -248,6 +248,20 @@ def test_batches_that_cannot_be(refused, flags, words):
     refused(flags, *words)
 
 
+@pytest.mark.parametrize("flags, free, message", [
+    ("-t 65", 1 << 40, "limit is 64"), ("-e d6 -b 1 -t 1025", 1 << 40, "limit is 1024"),
+    ("-t 64", 1 << 20, "GiB of memory"), ("-e d6", 1 << 20, "GiB of memory"),
+])
+def test_a_bad_batch_costs_no_weights(refused, monkeypatch, make_shard, tmp_path, flags, free, message):
+    """It is refused before weights are read or drawn, and before kernels are compiled."""
+    def too_early(*args):
+        raise AssertionError("too early")
+    for name in "read_checkpoint", "init_random", "load_kernels":
+        monkeypatch.setattr(train_gpt2, name, too_early)
+    monkeypatch.setattr(machine, "available_memory", lambda: free)
+    refused(f"{flags} -i {make_shard(tmp_path / 'long.bin', [7] * 3000)}", message)
+
+
 def test_more_memory_than_there_is(refused, monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     refused("", "GiB of memory", "HINT")

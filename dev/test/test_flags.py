@@ -20,4 +20,4 @@ def test_ignored_flags_are_named_once(train):
     assert printed.count("ignored") == 1
     line = next(line for line in printed.splitlines() if line.startswith("ignored"))
     assert line.split(": ")[1].split() == ignored.split()[::2]
-    assert "ignored" not in train("-x 1")
+    assert "ignored" not in train("-x 1 --overwrite 1")

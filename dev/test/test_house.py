@@ -14,6 +14,10 @@ from conftest import ROOT
 TOP = {"train_gpt2.py", "test_gpt2.py", "Makefile", "requirements.txt", "README.md", "LICENSE", "data", "dev"}
 REQUIREMENTS = {"numpy", "numba", "llvmlite", "tiktoken", "requests"}
 FORMATS = {20240520, 20240522, 20240326, 20240327, 20240527, 20240328}  # the magic numbers of llm.c's files
+SETTINGS = {
+    ("dev/run/mpi.py", "mpi4py.rc.thread_level"), ("dev/run/mpi.py", "sys.excepthook"),
+    ("dev/run/mpi.py", "threading.excepthook"), ("dev/engine/gpu.py", "numba.config.CUDA_LOW_OCCUPANCY_WARNINGS"),
+}
 
 FILES = {path.relative_to(ROOT).as_posix(): path for folder in (".", "dev", "dev/*", "dev/*/*")
          for path in ROOT.glob(f"{folder}/*.py") if "test" not in path.relative_to(ROOT).parts}
@@ -139,6 +143,27 @@ def no_setting(name, tree):
             yield node.lineno, f"sets {ast.unparse(node)}"
 
 
+def no_module_is_changed(name, tree):
+    """No attribute of another module is set, but for the SETTINGS that others have: a module is what its file says."""
+    modules = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+               for alias in node.names}
+    modules |= {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                for alias in node.names if is_module(node.module, alias.name)}
+    for node in ast.walk(tree):
+        is_set = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
+        called = isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in ("setattr", "delattr")
+        changed = node.value if is_set else node.args[0] if called else None
+        foreign = changed is not None and ast.unparse(changed).split(".")[0] in modules
+        if foreign and (name, ast.unparse(node)) not in SETTINGS:
+            yield node.lineno, ast.unparse(node)
+
+
+def is_module(package, name):
+    """Is what `from package import name` gives a module of ours?"""
+    place = ROOT.joinpath(*(package or "").split("."), name)
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
 def formats_at_home(name, tree):
     """Files' magic numbers stand in dev/run/files.py alone, and in the PyTorch reference that ours are checked by."""
     if name not in ("dev/run/files.py", "dev/train_gpt2_torch.py"):
@@ -169,7 +194,7 @@ def one_page(name, tree):
 
 @pytest.mark.parametrize("rule", [
     one_way, one_name, few_requirements, no_gpu_in_the_program, short_kernels, own_file, no_globals, no_setting,
-    formats_at_home, one_loop, one_page,
+    no_module_is_changed, formats_at_home, one_loop, one_page,
 ])
 def test_rule(rule):
     found = [f"{name}:{line}: {what}" for name, tree in TREES.items() for line, what in rule(name, tree)]
@@ -198,6 +223,11 @@ LONG = "\n    pass" * 80
     (no_globals, "dev/run/text.py", "def f():\n    global x\n    x = 1"),
     (no_globals, "dev/bench.py", "globals()['x'] = 1"),
     (no_setting, "dev/run/text.py", "model.cached, x = 0, 1"), (no_setting, "train_gpt2.py", "run.engine.step += 1"),
+    (no_module_is_changed, "dev/bench.py", "import train_gpt2 as t\ndef f(x):\n    t.matmul_forward = x"),
+    (no_module_is_changed, "dev/bench.py", "import train_gpt2\ntrain_gpt2.config.x += 1"),
+    (no_module_is_changed, "train_gpt2.py", "from dev.run import files\nfiles.MAGIC, x = 1, 2"),
+    (no_module_is_changed, "train_gpt2.py", "import sys\nsys.excepthook = None"),
+    (no_module_is_changed, "train_gpt2.py", "import numba\nsetattr(numba.config, 'THREADS', 3)"),
     (formats_at_home, "dev/data/text.py", "MAGIC = 20240520"),
     (one_loop, "train_gpt2.py", "def train(flags):\n    x = 1 if flags.precision == 'bf16' else 2"),
     (one_loop, "train_gpt2.py", "def train(flags):\n    if processes.rank == 0:\n        print()"),
@@ -220,6 +250,29 @@ def test_top_of_the_house():
 
 
 LOADED = "import sys; import train_gpt2; print(*sys.modules)"
+
+
+def can_fail(function, checks):
+    """Is there an assert in a function, raises(), NumPy's assert_allclose() and the like, or one of checks?"""
+    calls = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(function) if isinstance(node, ast.Call)}
+    checked = calls & {"raises", *checks} or any(call.startswith("assert_") for call in calls)
+    return checked or any(isinstance(node, ast.Assert) for node in ast.walk(function))
+
+
+def without_checks(trees):
+    """The tests without a check of their own or of a function that they call, however deep, in any of the trees"""
+    found, checks, before = [f for tree in trees for f in functions(tree)], set(), None
+    while checks != before:
+        before, checks = checks, {f.name for f in found if can_fail(f, checks)}
+    return [f.name for f in found if f.name.startswith("test_") and not can_fail(f, checks)]
+
+
+def test_every_test_can_fail():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "dev/test").glob("*.py")]
+    assert without_checks(trees) == []
+    useless = "def help():\n    pass\ndef test_it():\n    help()"
+    assert without_checks([ast.parse(useless)]) == ["test_it"]
+    assert not without_checks([ast.parse(useless.replace("pass", "assert 1"))])
 
 
 def test_what_the_trainer_loads(python):

@@ -61,7 +61,9 @@ def command(processes, arguments, code=""):
 def run(flags, out):
     """run(2, "-x 3 ..."): run the trainer in so many processes; returns its output. status: of the run, None = not 0"""
     def run(processes, text, code="", status=0, **environment):
-        result = subprocess.run(command(processes, flags(f"{text} -o {out}" if "-o " not in text else text), code),
+        if "-o " not in text:  # a test begins several runs in one folder
+            text += f" -o {out}" + ("" if "-y" in text else " --overwrite 1")
+        result = subprocess.run(command(processes, flags(text), code),
                                 capture_output=True, text=True, cwd=ROOT, env={**FREE, **environment}, timeout=120)
         if status is None:
             assert result.returncode, result.stdout

@@ -105,12 +105,14 @@ def test_normal_numbers(rng, same_bits):
 
 TRAINING = """
 import contextlib, sys
+import numba
 from dev.run.checkpoints import write_model
 from train_gpt2 import GPT2, GPT2Config, DataLoader, init_random
 config = GPT2Config(150, 5000, 5120, 2, 3, 48)
 model = GPT2(config, weights=lambda params: init_random(config, params))
 with contextlib.redirect_stdout(sys.stderr):
     model.prepare(4, 150)
+print(numba.get_num_threads())
 loader = DataLoader(sys.argv[1], 4, 150, should_shuffle=True)
 for step in range(3):
     for micro_batch in range(2):
@@ -125,12 +127,14 @@ write_model(sys.argv[2], model)
 
 def test_training_is_identical(rng, make_shard, python, tmp_path):
     shard, lines, checkpoints = make_shard(tmp_path / "shard.bin", rng.integers(0, 5000, 10_000)), [], []
-    counts = ["1", "2", "3"]
-    runs = [python("-c", TRAINING, shard, tmp_path / f"model{n}.bin", OMP_NUM_THREADS=n) for n in counts]
+    counts = ["1", "2", "3"]  # for Numba: of OpenMP's variable the program takes no more than there are processors
+    runs = [python("-c", TRAINING, shard, tmp_path / f"model{n}.bin", NUMBA_NUM_THREADS=n) for n in counts]
     for n, run in zip(counts, runs):
         out, err = run.communicate(timeout=300)
         assert run.returncode == 0, err
-        lines.append(out)
+        threads, printed = out.split("\n", 1)
+        assert threads == n
+        lines.append(printed)
         checkpoints.append((tmp_path / f"model{n}.bin").read_bytes())
     assert len(lines[0].splitlines()) == 12 and lines == [lines[0]] * 3
     assert checkpoints == [checkpoints[0]] * 3
