@@ -122,6 +122,9 @@ class GPT2(Engine):
 
     def __init__(self, config, table, weights, precision=None, processes=ALONE, tf32=1, attention="auto"):
         super().__init__(config, table, processes)
+        if processes.size > 1:
+            raise ValueError(f"--device cuda is for one process, not {processes.size}\n"
+                             "---> HINT: start it without mpirun; --device cpu trains in several")
         C, hs = config.channels, config.channels // config.num_heads
         if C % 8 or hs % 8 or C > 3840:
             raise ValueError(f"a model of {C} channels in heads of {hs} does not run on a GPU\n"
