@@ -126,9 +126,9 @@ class GPT2(Engine):
             raise ValueError(f"--device cuda is for one process, not {processes.size}\n"
                              "---> HINT: start it without mpirun; --device cpu trains in several")
         C, hs = config.channels, config.channels // config.num_heads
-        if C % 8 or hs % 8 or C > 3840:
+        if hs % 16 or C > 3072:  # whole warps in attention_decode; registers of a block in layernorm_backward
             raise ValueError(f"a model of {C} channels in heads of {hs} does not run on a GPU\n"
-                             "---> HINT: both must be multiples of 8, and channels at most 3840")
+                             "---> HINT: heads must be a multiple of 16 wide, and channels at most 3072")
         self.weights, self.dtype, self.tf32 = weights, F32 if precision == "fp32" else BF16, bool(int(tf32))
         self.gpu = Gpu()
         if self.dtype == BF16 and self.gpu.capability < (8, 0):
