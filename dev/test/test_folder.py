@@ -1,4 +1,5 @@
 """The folder of a run that is over, or still going on: no other run spoils it."""
+import itertools
 import os
 import shutil
 import signal
@@ -92,6 +93,24 @@ def test_overwriting_is_said_and_done(train, out):
     assert complete(out) == [3, 4] and len(log(out)) == 4 and len(contents(out)) == 2 * 4 + 1
     train("-x 2 --overwrite 1")
     assert list(contents(out)) == ["main.log"]
+
+
+@pytest.mark.parametrize("call", range(1, 13))
+def test_killed_while_the_old_run_goes(train, out, monkeypatch, call):
+    """What is left of it is complete, or no checkpoint."""
+    train("-x 6 -n 2")
+    unlink, calls = os.unlink, itertools.count(1)
+
+    def killed(path, **more):
+        if next(calls) == call:
+            raise SystemExit(9)
+        unlink(path, **more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "unlink", killed)
+        train("-x 8 -n 2 --overwrite 1")
+    assert complete(out) == [2, 4, 6][(call + 2) // 4:]
+    train("-x 8 -n 2 -y 1")
+    assert complete(out)[-1] == 8
 
 
 def test_both_flags(train, out):
