@@ -30,13 +30,13 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, requests
-from dev.run.compiling import load_kernels, start_threads
+from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import open_console
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
@@ -61,9 +61,9 @@ from dev.run.text import Sampler, Tokenizer, encode, generate
 # `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 # Kernels run without Python's lock: a thread may sum gradients over MPI meanwhile.
-kernel = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=FASTMATH)
-inner = njit(cache=True, error_model="numpy", fastmath=FASTMATH)
-exact = njit(cache=True, error_model="numpy", fastmath=FASTMATH - {"reassoc"})  # where the order of a sum matters
+kernel = cached(parallel=True, nogil=True, error_model="numpy", fastmath=FASTMATH)
+inner = cached(error_model="numpy", fastmath=FASTMATH)
+exact = cached(error_model="numpy", fastmath=FASTMATH - {"reassoc"})  # where the order of a sum matters
 
 # A float32 times a Python float is a float64: in kernels every constant is a float32.
 ZERO, HALF, ONE, TWO, THREE = (np.float32(x) for x in (0, 0.5, 1, 2, 3))

@@ -130,10 +130,10 @@ class GPT2(Engine):
             raise ValueError(f"--device cuda is for one process, not {processes.size}\n"
                              "---> HINT: start it without mpirun; --device cpu trains in several")
         C, hs = config.channels, config.channels // config.num_heads
-        if C % 8 or hs % 8 or C > 3840 or hs > 256:
+        if hs % 8 or hs > 256 or C > 3072:  # 3072: registers of a block in layernorm_backward
             raise ValueError(f"a model of {C} channels in heads of {hs} does not run on a GPU\n"
-                             "---> HINT: both must be multiples of 8, channels at most 3840, a head's at most 256")
-        self.decoding = hs // 8, 32 if hs % 16 else 16  # whole warps for a head's channels; rows
+                             "---> HINT: heads must be a multiple of 8 wide, up to 256, and channels at most 3072")
+        self.decoding = hs // 8, 32 if hs % 16 else 16  # a head's threads in a row, and rows: whole warps
         positions = SHARED // 4 - self.decoding[1] * hs
         if config.max_seq_len > positions:
             raise ValueError(f"a model of {config.max_seq_len} positions in heads of {hs} channels does not run on a "

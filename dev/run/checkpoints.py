@@ -22,6 +22,8 @@ from dev.run.schedule import Outliers
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
+ANEW = "begin anew with --overwrite 1 instead of -y 1"  # the end of hints
+
 
 @dataclass
 class Run:
@@ -65,9 +67,10 @@ def newest_checkpoint(folder):
         return None, None
     done, *paths = checkpoint_files(folder, steps[-1])
     for path in paths[:2]:
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) or os.path.getsize(path) < HEADER_BYTES:
             before = f"from step {steps[-2]}" if len(steps) > 1 else "anew"
-            raise ValueError(f"{path} is missing, a part of the checkpoint of step {steps[-1]}\n"
+            what = "cut short" if os.path.isfile(path) else "missing"
+            raise ValueError(f"{path} is {what}, a part of the checkpoint of step {steps[-1]}\n"
                              f"---> HINT: bring it back, or remove {done}: then -y 1 goes on {before}")
     return steps[-1], paths[0]
 
@@ -140,7 +143,7 @@ def choose_state(folder, step, saved_stage, processes):
                          "-z 1 so does the number of processes")
     if same and not os.path.exists(own):
         raise ValueError(f"{own} is missing: each of the {count} processes of the run wrote such a file\n"
-                         "---> HINT: bring it back, or start anew with -y 0")
+                         f"---> HINT: bring it back, or {ANEW}")
     return own if same else first
 
 
@@ -151,7 +154,7 @@ def read_run_checkpoint(folder, step, run):
     data = loader.B * loader.T, loader.shard_tokens
     found, more = read_run_json(run_path, data)
     stage = more.get("zero_stage", processes.zero_stage)
-    fit = "---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or start anew with -y 0"
+    fit = f"---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or {ANEW}"
     state_path = choose_state(folder, step, stage, processes)
     with open(state_path, "rb") as file:
         header = read_header(file, state_path, STATE_MAGIC, (1,))
@@ -226,8 +229,9 @@ def save(flags, run):
                   "checkpoint is written, those before are as they were")
     first = run.engine.processes.rank == 0
     if first:
-        with open(os.path.join(flags.output_dir, "main.log"), "a") as log:
-            os.fsync(log.fileno())  # the checkpoint's lines, before it
+        # the checkpoint's lines, before it; a log that cannot be written does not keep us from it
+        with contextlib.suppress(OSError), open(os.path.join(flags.output_dir, "main.log"), "a") as log:
+            os.fsync(log.fileno())
     write_run_checkpoint(flags.output_dir, run)
     if first:
         remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
@@ -244,9 +248,14 @@ def remove_old_checkpoints(folder, keep, major_every):
     steps = {int(match[1]) for match in matches if match}
     minor = [step for step in complete if not major_every or step % major_every]
     for step in steps - set(minor[-keep:]) - (set(complete) - set(minor)):
-        states = sorted(name for name in os.listdir(folder) if name.startswith(f"state_{step:08d}_"))
-        paths = checkpoint_files(folder, step) + [os.path.join(folder, name) for name in states]
-        for path in paths if step < complete[-1] else []:
-            if os.path.exists(path):
-                os.unlink(path)
-                sync_folder(folder)
+        if step < complete[-1]:
+            remove_checkpoint(folder, step)
+
+
+def remove_checkpoint(folder, step):
+    """Remove what there is of a checkpoint: DONE first, the states of all processes last"""
+    states = sorted(name for name in os.listdir(folder) if name.startswith(f"state_{step:08d}_"))
+    for path in checkpoint_files(folder, step) + [os.path.join(folder, name) for name in states]:
+        if os.path.exists(path):
+            os.unlink(path)
+            sync_folder(folder)

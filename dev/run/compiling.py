@@ -1,14 +1,19 @@
 """
-Numba's threads, and having kernels compiled before a run.
+Compiled kernels: Numba's threads, its cache on disk, and having all kernels compiled before a run.
 """
 import functools
+import glob
 import os
+import pickle
+import stat
 import subprocess
 import sys
+import tempfile
 
 import numba
 from numba.core import event
 
+from dev.run.console import say
 from dev.run.processes import ALONE
 
 
@@ -20,11 +25,85 @@ def start_threads(number):
     numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the cache
+
+KERNELS = []  # what cached() has made
+
+
+def cached(**options):
+    """The decorator numba.njit(cache=True, **options), also where neither the folder of the sources nor the user's own
+    can be written: then the cache is in the folder for temporary files, or there is none."""
+    def decorate(function):
+        try:
+            KERNELS.append(numba.njit(cache=True, **options)(function))
+            return KERNELS[-1]
+        except RuntimeError:  # Numba finds no folder
+            return decorate(function) if use_temporary_cache() else numba.njit(**options)(function)
+    return decorate
+
+
+def use_temporary_cache():
+    """Have Numba's cache in the folder for temporary files from now on. False where it is there, or cannot be."""
+    folder = temporary_folder()
+    if folder in (None, numba.config.CACHE_DIR):
+        warn_once("there is no folder for compiled kernels: they are compiled every time; NUMBA_CACHE_DIR can name one")
+        return False
+    warn_once(f"compiled kernels are kept in {folder}: the sources' folder cannot be written; NUMBA_CACHE_DIR can "
+              "name another")
+    numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = folder  # of this process, and of those that compile for it
+    return True
+
+
+def temporary_folder():
+    """A folder for temporary files that nobody else can write to, or None: what is in a cache is run."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    folder = os.path.join(tempfile.gettempdir(), f"llm.numba-{user}")
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        found = os.lstat(folder)
+    except OSError:
+        return None
+    ours = user is None or found.st_uid == user and not found.st_mode & 0o022
+    return folder if ours and stat.S_ISDIR(found.st_mode) else None
+
+
+@functools.cache
+def warn_once(line):
+    say(line, file=sys.stderr)
+
+
+def remove_damaged(kernels):
+    """Remove those files from the cache of kernels that cannot be read: emptied by a power failure, or cut where a disk
+    was full. Returns how many there were."""
+    places = {(kernel.stats.cache_path, os.path.basename(kernel.py_func.__code__.co_filename)) for kernel in kernels}
+    damaged = 0
+    for folder, source in places:
+        name = f"{os.path.splitext(source)[0]}.*.nb[ci]"
+        for path in glob.glob(os.path.join(glob.escape(folder), name)):
+            try:
+                with open(path, "rb") as file:
+                    pickle.load(file)
+                    if path.endswith(".nbi"):  # a version, then the index
+                        pickle.load(file)
+            except Exception:  # there is hardly one that pickle cannot raise
+                os.unlink(path)
+                damaged += 1
+    return damaged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compiling
+
+class Compiling(Exception):
+    """Numba began to compile where it was not to."""
+
+
 class Refusal(event.Listener):
-    """Installed, it raises LookupError where Numba begins to compile."""
+    """Installed, it raises Compiling where Numba begins to compile."""
 
     def on_start(self, event):
-        raise LookupError
+        raise Compiling
 
     def on_end(self, event):
         pass
@@ -44,13 +123,31 @@ def load_kernels(run, precision="fp32", processes=ALONE):
         try:
             with event.install_listener("numba:compile", Refusal()):
                 return run(precision)
-        except LookupError:
-            processes.print("compiling the kernels: about half a minute, in the first run only")
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        module = "train_gpt2" if run.__module__ == "__main__" else run.__module__
-        command = f"import sys; sys.path.insert(0, {root!r}); from {module} import {run.__name__} as run"
-        commands = [f"{command}; run({precision!r}, {first})" for first in (False, True)]
-        compilers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for code in commands]
-        for compiler in compilers:
-            compiler.wait()
-        return run(precision)
+        except Compiling:
+            pass
+        except Exception:
+            damaged = remove_damaged(KERNELS)
+            if not damaged:
+                raise
+            processes.print(f"compiled kernels that were damaged are made anew: {damaged} files; NUMBA_CACHE_DIR can "
+                            "name another folder for them")
+        processes.print("compiling the kernels: about half a minute, in the first run only")
+        compile_apart(run, precision)
+        try:
+            return run(precision)
+        except OSError as error:
+            processes.print(f"compiled kernels cannot be kept: {error}; NUMBA_CACHE_DIR can name another folder")
+            for kernel in KERNELS:
+                kernel._cache.disable()
+            return run(precision)
+
+
+def compile_apart(run, precision):
+    """Have run(precision, first) compile in two processes, which begin with different kernels."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    module = "train_gpt2" if run.__module__ == "__main__" else run.__module__
+    command = f"import sys; sys.path.insert(0, {root!r}); from {module} import {run.__name__} as run"
+    commands = [f"{command}; run({precision!r}, {first})" for first in (False, True)]
+    compilers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for code in commands]
+    for compiler in compilers:
+        compiler.wait()

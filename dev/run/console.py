@@ -2,6 +2,8 @@
 Standard input, output and error: whatever becomes of them, a program goes on. Every program's main() begins with
 open_console(); what is printed by say() raises nothing.
 """
+import contextlib
+import io
 import os
 import sys
 
@@ -17,7 +19,8 @@ def open_console():
                 os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
     for stream in sys.stdin, sys.stdout:  # standard error replaces by itself
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):  # a debugger has read from it
+                stream.reconfigure(errors="replace")
 
 
 def say(*values, file=None, **options):

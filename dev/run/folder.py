@@ -10,7 +10,8 @@ import re
 
 import numpy as np
 
-from dev.run.checkpoints import checkpoint_files, complete_checkpoints, remove_old_checkpoints, save
+from dev.run.checkpoints import complete_checkpoints, remove_checkpoint, remove_old_checkpoints, save
+from dev.run.console import say
 from dev.run.files import write_file
 
 try:
@@ -44,21 +45,21 @@ def own_folder(flags, processes):
 @contextlib.contextmanager
 def locked(folder):
     """A context that has a lock on a folder: without a file of its own, and ended with the process, however that ends.
-    Where the system or the file system (NFS) has no such locks there is none."""
-    if not folder or fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            try:
+    Where the system or the file system (NFS) has no such locks there is none, which is said."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if folder and fcntl is not None:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another run is writing to {folder}\n---> HINT: wait for it, stop it, or name "
-                                 "another folder with -o") from None
+            elif folder:
+                raise OSError("no flock")
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {folder}\n---> HINT: wait for it, stop it, or name another "
+                             "folder with -o") from None
+        except OSError:
+            say(f"{folder} cannot be locked: nothing keeps another run from writing there too")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def refuse_old_run(flags):
@@ -82,13 +83,13 @@ class Output:
         self.flags, self.run, self.folder = flags, run, flags.output_dir
         self.logs = self.folder and run.engine.processes.rank == 0
         self.path = os.path.join(self.folder or "", "main.log")
-        self.lines, self.begun = [], False  # lines of the log that wait for begin()
+        self.begun, self.waiting, self.full = False, b"", False  # what of the log is to be written; full: it could not
 
     def describe(self, steps):
         """Lines that say what will become of the run in the folder; steps: the run's, in all"""
         flags, run, lines = self.flags, self.run, []
         if run.resumed:
-            if run.model != flags.model:
+            if os.path.realpath(run.model) != os.path.realpath(flags.model):
                 lines += [f"-e {flags.model} is ignored: the run that goes on began with -e {run.model}"]
             if run.step >= steps:
                 lines += [f"no step is left: the checkpoint is of step {run.step}, the run's last step is -x {steps}\n"
@@ -100,15 +101,22 @@ class Output:
         return lines
 
     def log(self, line):
-        self.lines.append(line + "\n")
+        self.waiting += f"{line}\n".encode() if self.logs else b""
         if self.begun:
             self.write_log()
 
     def write_log(self):
-        if self.logs:
-            with open(self.path, "a") as file:
-                file.writelines(self.lines)
-        self.lines = []
+        """Write what waits. Where there is no room, or no folder, it goes on waiting: no run ends for its log."""
+        try:
+            while self.waiting:
+                with open(self.path, "ab", 0) as file:
+                    self.waiting = self.waiting[file.write(self.waiting):]  # the last room takes a part of a line
+                self.full = False
+        except OSError as error:
+            if not self.full:
+                self.run.engine.processes.print(f"cannot write {self.path}: {error.strerror}: its lines wait until "
+                                                "that is over")
+            self.full = True
 
     def wanted(self):
         """Is there something that a checkpoint would save? Not where one was just resumed, nor before the first step in
@@ -131,7 +139,7 @@ class Output:
                 remove_old_checkpoints(self.folder, flags.checkpoints_keep, flags.major_checkpoint_every)
             else:
                 for step in complete_checkpoints(self.folder):
-                    os.unlink(checkpoint_files(self.folder, step)[0])  # without DONE it is none
+                    remove_checkpoint(self.folder, step)
             begin_log(self.path, self.run.resumed)
             self.write_log()
         self.begun = True

@@ -4,12 +4,12 @@ A model's first weights: llm.c's (and PyTorch's) normal draws, from the generato
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from dev.run.compiling import load_kernels
+from dev.run.compiling import cached, load_kernels
 
 
-@njit(parallel=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
+@cached(parallel=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def box_muller(out, u, std):
     # out (n,) normal, from u (n,) uniform in [0, 1), both in blocks of 16: eight radii and eight angles
     for block in prange(out.size // 16):

@@ -1,11 +1,13 @@
 """Disks that are full, folders that cannot be written."""
 import errno
+import io
 import os
 
 import pytest
+from null_engine import NullEngine
 from runs import complete, contents
 
-from dev.run import checkpoints, files
+from dev.run import checkpoints, files, folder
 
 resource = pytest.importorskip("resource", reason="Unix only")
 
@@ -94,6 +96,69 @@ def test_a_limit_on_file_sizes(train, out):
     assert sorted(contents(out)) == ["main.log", "model_00000002.bin"]
     assert "no complete checkpoint" in train("-x 4 -n 2 -y 1") and complete(out) == [2, 4]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a log that cannot be written
+
+def at_steps(patch, **acts):
+    """Have at_3=act call act() in the update of step 3."""
+    update = NullEngine.update
+
+    def acting(engine, step, *args, **more):
+        acts.get(f"at_{step}", int)()
+        update(engine, step, *args, **more)
+    patch.setattr(NullEngine, "update", acting)
+
+
+class LogOnFullDisk(io.FileIO):
+    """A file that can have `room` bytes, as the system would have it: the last write that fits is cut short"""
+    room = None
+
+    def write(self, data):
+        data = data[:max(0, self.room - self.seek(0, os.SEEK_END))]
+        if not data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("room", [1000, 1003, 1020])
+@pytest.mark.parametrize("again", [40, None])
+def test_no_room_for_the_log(train, out, tmp_path, monkeypatch, room, again):
+    """The run goes on. Of the line that finds no room a part may be there; where there is room again, all is."""
+    train(f"-x 60 -n 60 -o {tmp_path / 'whole'}")
+    whole = contents(tmp_path / "whole")
+    monkeypatch.setattr(LogOnFullDisk, "room", room)
+    at_steps(monkeypatch, **{f"at_{again}": lambda: monkeypatch.setattr(LogOnFullDisk, "room", 1 << 20)})
+    monkeypatch.setattr(folder, "open", lambda path, mode="r", *more: LogOnFullDisk(path, mode) if mode == "ab" else
+                        open(path, mode, *more), raising=False)
+    printed = train("-x 60 -n 60")
+    assert printed.count(f"cannot write {out / 'main.log'}: No space left on device: ") == 1
+    assert contents(out) == whole | {"main.log": whole["main.log"][:None if again else room]}
+
+
+def test_the_folder_is_away_for_a_while(train, out, tmp_path, monkeypatch):
+    """as one of another machine may be, twice"""
+    train(f"-x 20 -n 10 -o {tmp_path / 'whole'}")
+    away = tmp_path / "away"
+    at_steps(monkeypatch, at_2=lambda: out.rename(away), at_6=lambda: away.rename(out),
+             at_12=lambda: out.rename(away), at_15=lambda: away.rename(out))
+    printed = train("-x 20 -n 10")
+    assert printed.count(f"cannot write {out / 'main.log'}: No such file or directory: ") == 2
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_checkpoints_without_a_log(train, out, monkeypatch):
+    """What cannot be logged does not keep a checkpoint from being written."""
+    def spoil():
+        (out / "main.log").unlink()
+        (out / "main.log").mkdir()
+    at_steps(monkeypatch, at_2=spoil)
+    assert "main.log: Is a directory: " in train("-x 8 -n 4")
+    assert complete(out) == [4, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
 
 @pytest.mark.parametrize("resume", [0, 1])
 def test_a_folder_that_cannot_be(train, tmp_path, resume):

@@ -1,4 +1,5 @@
 """The folder of a run that is over, or still going on: no other run spoils it."""
+import itertools
 import os
 import shutil
 import signal
@@ -85,9 +86,31 @@ def test_a_stop_before_the_first_step_is_over(train, spared, out, monkeypatch):
 
 
 def test_overwriting_is_said_and_done(train, out):
+    """Nothing of the old run stays beside the new one, where it could be taken for a part of it."""
     train("-x 6 -n 2")
+    (out / "state_00000006_00001.bin").write_text("of a second process")
     assert f"starting anew in {out}" in train("-x 4 -n 3 -l 1e-3 --overwrite 1")
-    assert complete(out) == [3, 4] and len(log(out)) == 4
+    assert complete(out) == [3, 4] and len(log(out)) == 4 and len(contents(out)) == 2 * 4 + 1
+    train("-x 2 --overwrite 1")
+    assert list(contents(out)) == ["main.log"]
+
+
+@pytest.mark.parametrize("call", range(1, 13))
+def test_killed_while_the_old_run_goes(train, out, monkeypatch, call):
+    """What is left of it is complete, or no checkpoint."""
+    train("-x 6 -n 2")
+    unlink, calls = os.unlink, itertools.count(1)
+
+    def killed(path, **more):
+        if next(calls) == call:
+            raise SystemExit(9)
+        unlink(path, **more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "unlink", killed)
+        train("-x 8 -n 2 --overwrite 1")
+    assert complete(out) == [2, 4, 6][(call + 2) // 4:]
+    train("-x 8 -n 2 -y 1")
+    assert complete(out)[-1] == 8
 
 
 def test_both_flags(train, out):
@@ -163,9 +186,9 @@ def test_a_file_system_without_locks(train, out, monkeypatch):
     def flock(descriptor, how):
         raise OSError(9, "Bad file descriptor")
     monkeypatch.setattr(folder.fcntl, "flock", flock)
-    train("-x 4 -n 4")
+    assert f"{out} cannot be locked: " in train("-x 4 -n 4")
     monkeypatch.setattr(folder, "fcntl", None)
-    train("-x 6 -n 4 -y 1")
+    assert f"{out} cannot be locked: " in train("-x 6 -n 4 -y 1")
     assert complete(out) == [4, 6]
 
 
@@ -189,19 +212,32 @@ def test_another_model_is_ignored(train, out, tiny, tmp_path):
     for steps in 8, 10:
         printed = train(f"-x {steps} -n 2 -y 1 -e {tmp_path / 'other.bin'}")
         assert f"-e {tmp_path / 'other.bin'} is ignored: the run that goes on began with -e {tiny}\n" in printed
+    (tmp_path / "link.bin").symlink_to(tiny)
+    assert "is ignored" not in train(f"-x 10 -n 2 -y 1 -e {tmp_path / 'link.bin'}")
     (out / "run_00000010.json").unlink()  # llm.c's checkpoints do not say
     assert "is ignored" not in train(f"-x 12 -n 2 -y 1 -e {tmp_path / 'other.bin'}")
 
 
 @pytest.mark.parametrize("name", ["model_00000004.bin", "state_00000004_00000.bin"])
 @pytest.mark.parametrize("kept, where", [(1, "anew"), (2, "from step 2")])
-def test_a_part_of_a_checkpoint_is_missing(train, spared, out, name, kept, where):
+@pytest.mark.parametrize("size, problem", [(None, "missing"), (0, "cut short"), (1000, "cut short")])
+def test_a_part_of_a_checkpoint_is_missing(train, spared, out, name, size, problem, kept, where):
     train(f"-x 4 -n 2 -nk {kept}")
-    (out / name).unlink()
-    spared("-x 6 -n 2 -y 1", f"error: {out / name} is missing",
+    if size is None:
+        (out / name).unlink()
+    else:
+        os.truncate(out / name, size)
+    spared("-x 6 -n 2 -y 1", f"error: {out / name} is {problem}",
            f"remove {out / 'DONE_00000004'}: then -y 1 goes on {where}")
     (out / "DONE_00000004").unlink()
     assert ("resuming from step 2" in train("-x 6 -n 2 -y 1")) == (kept == 2)
+
+
+def test_the_way_out_that_a_hint_names_is_open(train, out):
+    train("-x 4 -n 2")
+    assert "begin anew with --overwrite 1 instead of -y 1" in train("-x 6 -n 2 -y 1 -b 4", status=1)
+    train("-x 6 -n 2 --overwrite 1 -b 4")
+    assert complete(out) == [2, 4, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ FORMATS = {20240520, 20240522, 20240326, 20240327, 20240527, 20240328}  # the ma
 SETTINGS = {
     ("dev/run/mpi.py", "mpi4py.rc.thread_level"), ("dev/run/mpi.py", "sys.excepthook"),
     ("dev/run/mpi.py", "threading.excepthook"), ("dev/engine/gpu.py", "numba.config.CUDA_LOW_OCCUPANCY_WARNINGS"),
+    ("dev/run/compiling.py", "numba.config.CACHE_DIR"),
 }
 
 FILES = {path.relative_to(ROOT).as_posix(): path for folder in (".", "dev", "dev/*", "dev/*/*")
@@ -56,7 +57,7 @@ def decorators(function):
 
 def is_cached(function):
     """Is it compiled, and kept in Numba's cache?"""
-    return any(text.split(".")[-1] in ("kernel", "inner", "exact") or "cache=True" in text
+    return any(text.split(".")[-1] in ("kernel", "inner", "exact") or "cache=True" in text or text.startswith("cached(")
                for text in decorators(function))
 
 
