@@ -6,6 +6,7 @@ import contextlib
 import io
 
 import numpy as np
+import numpy_gpu
 import pytest
 from models import batch, tensors
 from null_engine import NullEngine
@@ -13,7 +14,8 @@ from null_engine import NullEngine
 import train_gpt2 as t
 from dev.run.engine import Engine, size_of
 
-ENGINES = {"cpu": t.GPT2, "cpu, blas": lambda *args: t.GPT2(*args, matmul="blas"), "null": NullEngine}
+ENGINES = {"cpu": t.GPT2, "cpu, blas": lambda *args: t.GPT2(*args, matmul="blas"), "null": NullEngine,
+           "cuda, on NumPy": numpy_gpu.engine}
 with contextlib.suppress(ImportError, ValueError, OSError):  # no packages, no GPU, too old a driver
     from dev.engine import cuda
     from dev.engine.gpu import Gpu

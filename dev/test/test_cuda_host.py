@@ -1,0 +1,166 @@
+"""
+What dev/engine/cuda.py does around its kernels, on a GPU of NumPy (numpy_gpu.py): the same numbers as the engine for
+CPUs, from every path through it. The kernels themselves: test_cuda.py.
+"""
+import io
+
+import numpy as np
+import numpy_gpu
+import pytest
+from formulas import close
+from models import batch, tensors
+
+import train_gpt2 as t
+
+SMALL = t.GPT2Config(200, 37, 128, 2, 2, 32)  # maxT, V, Vp, L, NH, C
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+@pytest.fixture
+def several_chunks(monkeypatch):
+    """The classifier goes over several chunks of rows."""
+    cuda = pytest.importorskip("dev.engine.cuda", exc_type=(ImportError, ValueError))
+    monkeypatch.setattr(cuda, "CLASSIFIER_ROWS", 32)
+
+
+def weights(params):
+    rng = np.random.default_rng(1)
+    for name, _ in t.parameter_table(SMALL):
+        x = getattr(params, name)
+        x[:] = rng.normal(1.0 if name in ("ln1w", "ln2w", "lnfw") else 0, 0.2, x.shape)
+
+
+def engines(precision="fp32", **options):
+    """The engine for GPUs and that for CPUs, with the same weights"""
+    table = t.parameter_table(SMALL)
+    ours = numpy_gpu.engine(SMALL, table, weights, precision=precision, **options)
+    return ours, t.GPT2(SMALL, table, weights)
+
+
+def step(engine, inputs, targets):
+    loss = float(engine.forward(inputs, targets))
+    engine.backward()
+    return loss
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("B, T", [(3, 20), (1, 1), (2, 64), (2, 13)])
+def test_training(precision, recompute, B, T, several_chunks):
+    """Four steps of two micro-batches: by then all that is done in a step has been replayed from a graph."""
+    (ours, cpu), bound = engines(precision), BOUNDS[precision]
+    for engine in ours, cpu:
+        engine.prepare(B, T, recompute)
+    for k in range(4):
+        batches = [batch(SMALL, B, T, seed=10 * k + n) for n in range(2)]
+        losses = [[step(engine, *each) for each in batches] for engine in (ours, cpu)]
+        assert losses[0] == pytest.approx(losses[1], rel=bound)
+        for name, g in tensors(cpu).items():
+            close(tensors(ours)[name], g, bound * 10)
+        norm = cpu.grad_norm()
+        assert ours.grad_norm() == pytest.approx(norm, rel=bound * 3)
+        for engine in ours, cpu:
+            engine.update(k, 1e-3, norm=norm, grad_clip=norm / 2, weight_decay=0.1)
+    if precision == "fp32":
+        for what in "params", "m", "v":
+            close(ours.host(what).memory, cpu.host(what).memory, 1e-4)
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_evaluation_changes_no_bit_of_training(precision):
+    results = []
+    for evaluating in False, True:
+        engine = engines(precision)[0]
+        engine.prepare(2, 20)
+        for k in range(4):
+            step(engine, *batch(SMALL, 2, 20, seed=k))
+            if evaluating:
+                engine.forward(*batch(SMALL, 3, 7, seed=k), train=False)
+                engine.forward(batch(SMALL, 2, 20, seed=k)[0])
+                engine.read([1, 2, 3])
+                engine.rewind()
+            step(engine, *batch(SMALL, 2, 20, seed=k + 9))
+            engine.update(k, 1e-2)
+            if evaluating:
+                engine.forward(*batch(SMALL, 9, 150, seed=k), train=False)  # larger than what was made room for
+        results.append(engine.host("params").memory)
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_any_batch_is_evaluated(precision):
+    (ours, cpu), bound = engines(precision), BOUNDS[precision]
+    for turn in range(3):
+        for B, T in (3, 20), (1, 1), (4, 65), (1, 200), (2, 129):
+            inputs, targets = batch(SMALL, B, T, seed=turn)
+            losses = [float(engine.forward(inputs, targets, train=False)) for engine in (ours, cpu)]
+            assert losses[0] == pytest.approx(losses[1], rel=bound)
+            close(ours.losses(), np.array(cpu.losses()), bound)
+            for row in 0, T // 2, B * T - 1:
+                close(ours.logits(row), np.array(cpu.logits(row)), bound * 3)
+            assert ours.forward(inputs) is None and cpu.forward(inputs) is None
+            close(ours.logits(B * T - 1), np.array(cpu.logits(B * T - 1)), bound * 3)
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_text(precision):
+    ours, cpu = engines(precision)
+    for prompt in [5], [1, 2, 3], list(range(30)) * 6:
+        for tokens in [prompt] + [[n] for n in range(8)]:
+            close(ours.read(tokens), np.array(cpu.read(tokens)), BOUNDS[precision] * 3)
+        for engine in ours, cpu:
+            engine.rewind()
+
+
+def test_losses_are_read_later():
+    """more of them than there is room for on the way"""
+    ours = engines()[0]
+    slots = ours.slots.size
+    losses = [ours.forward(*batch(SMALL, 1, 2, seed=n), train=False) for n in range(slots + 9)]
+    for n in 0, 5, slots, slots + 8:
+        expected = float(ours.forward(*batch(SMALL, 1, 2, seed=n), train=False))
+        assert float(losses[n]) == expected
+
+
+def test_a_checkpoint_moves_between_engines():
+    ours, cpu = engines("bf16")
+    for engine in ours, cpu:
+        engine.prepare(2, 8)
+    step(cpu, *batch(SMALL, 2, 8))
+    cpu.update(0, 1e-2)
+    for what in "params", "m", "v":
+        ours.load(what, io.BytesIO(cpu.host(what).memory.tobytes()))
+        assert (ours.host(what).memory == cpu.host(what).memory).all()
+    inputs, targets = batch(SMALL, 2, 8, seed=4)
+    expected = float(cpu.forward(inputs, targets, train=False))
+    assert float(ours.forward(inputs, targets, train=False)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_full_card_says_what_fits():
+    ours = engines("bf16")[0]
+    ours.prepare(2, 8)
+    allocated = set(ours.gpu.memories)
+    with pytest.raises(ValueError, match=r"---> HINT: use -b (\d+)") as error:
+        ours.prepare(5000, 200)
+    assert set(ours.gpu.memories) == allocated
+    fits = int(str(error.value).split("use -b ")[1].split(";")[0])
+    with pytest.raises(ValueError):
+        ours.prepare(fits + 1, 200)
+    assert ours.prepare(fits, 200)["parameters"] == 18 * ours.num_parameters
+
+
+@pytest.mark.parametrize("name, bf16", [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989.4),
+    ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125),
+    ("NVIDIA A1000", None), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090", 165.2), ("Foo", None)])
+def test_peak(monkeypatch, name, bf16):
+    monkeypatch.setattr(numpy_gpu.Gpu, "name", name)
+    found = [engines(precision)[0].peak() for precision in ("bf16", "fp32")]
+    assert found == pytest.approx([bf16 * 1e12, bf16 / 2 * 1e12] if bf16 else [np.nan] * 2, nan_ok=True)
+
+
+@pytest.mark.parametrize("C, NH", [(36, 3), (40, 2), (4096, 32)])
+def test_models_that_do_not_run(C, NH):
+    config = t.GPT2Config(8, 37, 128, 1, NH, C)
+    with pytest.raises(ValueError, match="HINT"):
+        numpy_gpu.engine(config, t.parameter_table(config), weights)
