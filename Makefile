@@ -50,7 +50,7 @@ train-gpu: data .venv-gpu/ready  ## GPT-2 124M on an NVIDIA GPU, on the data of 
 test-gpu: .venv-gpu/ready  ## the tiny model's gradients in both precisions, and the GPU engine's tests
 	$(RUN_GPU) test_gpt2.py --device cuda --precision fp32
 	$(RUN_GPU) test_gpt2.py --device cuda --precision bf16
-	$(RUN_GPU) -m pytest dev/test/test_cuda.py dev/test/test_contract.py
+	$(RUN_GPU) -m pytest dev/test/test_cuda.py dev/test/test_cuda_host.py dev/test/test_contract.py
 
 bench-gpu: .venv-gpu/ready  ## whole steps and kernels; ARGS=--torch puts compiled PyTorch beside them
 	$(RUN_GPU) -m dev.bench_gpu --kernels $(ARGS)
