@@ -366,6 +366,14 @@ def prefetch(typingctx, X, i, j):
 
 
 @inner
+def pack_edge(panels, place, width, X, rowwise):
+    """pack_square() of an X that has fewer rows or numbers: zeros stand for those that it lacks"""
+    square = np.zeros((MR, numbers(panels) * MR), np.float32)
+    square[:X.shape[0], :X.shape[1]] = X
+    pack_square(panels, place, width, square, 0, 0, rowwise)
+
+
+@inner
 def pack(panels, o, X, width, rowwise):
     """A panel from X (rows, depth): word o + n*width + r is X's row r at its nth word, with zeros for rows up to the
     panel's width and words up to a multiple of panel_step. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
@@ -373,19 +381,16 @@ def pack(panels, o, X, width, rowwise):
     many, step = numbers(panels), panel_step(panels)
     rowwise = rowwise and step == TILE  # known when this is compiled: only AMX's panels are
     total = (depth + many * step - 1) // (many * step) * step
-    for n0 in range(0, total, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
-        for r in range(0, width, MR):
-            for n in range(n0, min(total, n0 + 16), MR):
+    whole_rows, whole, stride = rows // MR * MR, depth // (many * MR) * MR, TILE if rowwise else width
+    for n0 in range(0, whole, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
+        for r in range(0, whole_rows, MR):
+            for n in range(n0, min(whole, n0 + 16), MR):
                 place = o + (n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r)
-                stride = TILE if rowwise else width
-                if r + MR <= rows and (n + MR) * many <= depth:
-                    pack_square(panels, place, stride, X, r, n * many, rowwise)
-                else:
-                    padded = np.zeros((MR, many * MR), np.float32)  # X ends within the square
-                    for i in range(min(MR, rows - r)):
-                        for k in range(min(many * MR, depth - n * many)):
-                            padded[i, k] = X[r + i, n * many + k]
-                    pack_square(panels, place, stride, padded, 0, 0, rowwise)
+                pack_square(panels, place, stride, X, r, n * many, rowwise)
+    for r in range(0, width, MR):  # where X ends within a square, or before it
+        for n in range(whole if r < whole_rows else 0, total, MR):
+            place = o + (n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r)
+            pack_edge(panels, place, stride, X[r:r + MR, n * many:(n + MR) * many], rowwise)
 
 
 @inner
