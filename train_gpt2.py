@@ -134,7 +134,7 @@ KC, AMX_KC = 256, 384              # the panel of B has 12 to 32 kB: it stays in
 MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
 PANELS = (MC + NR) * (AMX_KC if AMX else KC)  # words of a thread's packed panels: the block of A, the panel of B
 TILE, AMX_ROWS = 16, 32            # AMX's registers hold 16 rows of 16 words; four of them make 32 x 32 sums
-i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 i8, i8p = ir.IntType(8), ir.IntType(8).as_pointer()
 
 
@@ -1178,14 +1178,14 @@ class GPT2(Engine):
         clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
         t = step + 1
         for name, _ in self.table:
-            numbers = [np.float32(x) for x in (
+            scalars = [np.float32(x) for x in (
                 learning_rate, beta1, beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t), eps,
                 weight_decay if name in DECAYED else 0, clip / (self.micro_batches * self.processes.size))]
             p, g, m, v = (getattr(tensors, name) for tensors in (self.params, self.grads, self.m, self.v))
             p, g = (x[None] if name in NO_LAYERS else x for x in (p, g))
             shares = (list(m), list(v)) if self.processes.zero_stage else ([m], [v])
             for piece in zip(self.processes.pieces(p), self.processes.pieces(g), *shares):
-                self.kernels.adamw_update(*(x.ravel() for x in piece), *numbers)
+                self.kernels.adamw_update(*(x.ravel() for x in piece), *scalars)
             self.processes.gather(p)
         self.processes.wait()
         self.micro_batches = 0
