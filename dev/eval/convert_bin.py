@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from dev.data.command_line import run, show
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, new_header, read_header
+from dev.run.config import model_header
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, read_header
 from dev.run.vocabulary import beside
 from train_gpt2 import Tensors, model_config, parameter_table
 
@@ -61,11 +62,9 @@ class Checkpoint:
 
 def write_checkpoint(path, config, dtype, arrays):
     """Write a .bin; arrays: all of its tensors, in pieces of any size"""
-    c = config
     path.parent.mkdir(parents=True, exist_ok=True)
     with NewFile(path) as f:
-        f.write(new_header(MODEL_MAGIC, VERSIONS[dtype], c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads,
-                           c.channels, c.padded_vocab_size))
+        f.write(model_header(config, VERSIONS[dtype]))
         for x in arrays:
             f.write(from_float32(x, dtype).tobytes())
     print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")

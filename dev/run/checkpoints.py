@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dev.run.config import model_header
 from dev.run.engine import Engine
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, STATE_MAGIC, read_header, sync_folder, write_file
+from dev.run.files import HEADER_BYTES, STATE_MAGIC, new_header, read_header, sync_folder, write_file
 from dev.run.schedule import Outliers
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
@@ -77,20 +78,16 @@ def newest_checkpoint(folder):
 
 def write_model(path, engine):
     """Write an engine's parameters as a version 3 checkpoint. What was at `path` stays until the new one is there."""
-    c, header = engine.config, np.zeros(256, np.int32)
-    header[:2] = MODEL_MAGIC, 3
-    header[2:8] = c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
-    write_file(path, header, engine.host("params").memory)
+    write_file(path, model_header(engine.config, 3), engine.host("params").memory)
 
 
 def write_run_checkpoint(folder, run):
     """Write all that a run needs to go on."""
-    engine, state, header = run.engine, run.loader.state(), np.zeros(256, np.int32)
-    processes = engine.processes
+    engine, state, processes = run.engine, run.loader.state(), run.engine.processes
     done, model_path, state_path, run_path = checkpoint_files(folder, run.step, processes.rank)
     if processes.rank == 0:
         write_model(model_path, engine)
-    header[:6] = STATE_MAGIC, 1, processes.size, processes.rank, 0, "generator" in state  # 0: no copy of the weights
+    header = new_header(STATE_MAGIC, 1, processes.size, processes.rank, 0, "generator" in state)  # 0: without weights
     header[10] = run.step
     header[20:24].view(np.uint64)[:] = run.sampler.state if run.coins is None else run.coins
     header[30:34].view(np.uint64)[:] = state["shard_index"], state["sample_index"]

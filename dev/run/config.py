@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from dev.run.engine import size_of
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, check_size, read_header
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, check_size, new_header, read_header
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ def model_config(name):
         raise ValueError(f"{name}: its header says {C} channels and {NH} heads, but {NH} does not divide {C}")
     check_size(name, HEADER_BYTES + (4 if version == 3 else 2) * size_of(parameter_table(config)))
     return config
+
+
+def model_header(config, version):
+    """The header of a checkpoint: version 3 is float32, 5 bfloat16"""
+    c = config
+    return new_header(MODEL_MAGIC, version, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels,
+                      c.padded_vocab_size)
 
 
 def is_checkpoint(name):
