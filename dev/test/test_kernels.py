@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import pytest
 from formulas import F32, close, normal
+from products import check_tile_product, check_triangles
 
 import train_gpt2 as t
 from dev.run.random_weights import box_muller
@@ -74,19 +75,7 @@ def test_maximum_propagates_nan():
     (1, 1, 1), (1, 50, 3), (3, 7, 4), (8, 48, 192), (9, 49, 193), (17, 100, 258), (250, 130, 515)])
 @pytest.mark.parametrize("add", [False, True])
 def test_tile_product(rng, new, panels, M, N, K, add):
-    # parts of larger arrays, rows or columns contiguous, as attention and matmul pass them
-    C, before = new(M + 2, N + 3), normal(rng, M + 2, N + 3)
-    a, b = normal(rng, M, K + 1)[:, 1:], normal(rng, K, N + 1)[:, :-1]
-    a_transposed, b_transposed = normal(rng, K, M + 1)[:, 1:].T, normal(rng, N, K + 1)[:, 1:].T
-    for A in a, a_transposed:
-        for B in b, b_transposed:
-            C[:] = before
-            if not add:
-                C[1:M + 1, 1:N + 1] = np.nan
-            t.tile_product(C[1:M + 1, 1:N + 1], A, B, add, panels[0])
-            close(C[1:M + 1, 1:N + 1], np.float64(A) @ B + (before[1:M + 1, 1:N + 1] if add else 0))
-            C[1:M + 1, 1:N + 1] = before[1:M + 1, 1:N + 1]
-            assert (C == before).all(), "written outside the tile"
+    check_tile_product(rng, new, panels[0], M, N, K, add)
 
 
 @pytest.mark.parametrize("M, N, K", [
@@ -94,18 +83,7 @@ def test_tile_product(rng, new, panels, M, N, K, add):
 @pytest.mark.parametrize("d", [0, 1, 3, 37, 384, -1, -17, -290])
 @pytest.mark.parametrize("add", [False, True])
 def test_triangles(rng, new, panels, M, N, K, d, add):
-    C, before, A, B = new(M, N), normal(rng, M, N), normal(rng, M, K), normal(rng, K, N)
-    r, c, k = np.arange(M)[:, None], np.arange(N), np.arange(K)
-    for triangle, zero in (t.SCORES, k < 0), (t.LOWER, k > r + d), (t.UPPER, k < r + d):
-        masked = np.where(zero, F32(0), A)
-        C[:] = before if add else np.nan
-        t.tile_product(C, masked, B, add, panels[0], triangle, d)
-        needed = np.broadcast_to(c <= r + d if triangle == t.SCORES else True, (M, N))
-        expected = (np.float64(masked) @ B + (before if add else 0))[needed]
-        if expected.any():
-            close(C[needed], expected)
-        else:  # nothing is needed, or A is 0
-            assert not C[needed].any()
+    check_triangles(rng, new, panels[0], M, N, K, d, add)
 
 
 SIZES = [(1, 1, 1), (1, 5, 7), (1, 400, 813), (3, 16, 50), (65, 48, 96), (257, 200, 30), (300, 400, 813),
