@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ |= {"NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}  # which a process may fork with
 
 from null_engine import NullEngine
+from runs import Written
 
 import train_gpt2
 from dev.run import checkpoints, files
@@ -29,11 +30,12 @@ from dev.run import checkpoints, files
 # a process that kills itself just before its k-th change to the file system, or in the middle of it
 
 
-class Halves:
+class Halves(Written):
     """A file whose every write is two, with a moment to die in between"""
 
     def __init__(self, file, moment):
-        self.file, self.moment = file, moment
+        super().__init__(file)
+        self.moment = moment
 
     def write(self, data):
         half = len(data) // 2
@@ -41,19 +43,6 @@ class Halves:
         self.file.flush()
         self.moment()
         self.file.write(data[half:])
-
-    def writelines(self, parts):
-        for part in parts:
-            self.write(part)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 def die_at(k, folder):

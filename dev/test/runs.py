@@ -7,6 +7,26 @@ SAMPLES = [(size - 1) // 16 for size in SHARDS]
 N = 39808  # parameters of the tiny model
 
 
+class Written:
+    """A file of which others define the write()"""
+
+    def __init__(self, file):
+        self.file = file
+
+    def writelines(self, parts):
+        for part in parts:
+            self.write(part)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 

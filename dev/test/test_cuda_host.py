@@ -45,6 +45,15 @@ def step(engine, inputs, targets):
     return loss
 
 
+def same_gradients(ours, cpu, bound):
+    """Assert that both engines have the same gradients. Returns their norm."""
+    for name, g in tensors(cpu).items():
+        close(tensors(ours)[name], g, bound * 10)
+    norm = cpu.grad_norm()
+    assert ours.grad_norm() == pytest.approx(norm, rel=bound * 3)
+    return norm
+
+
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @pytest.mark.parametrize("B, T", [(3, 20), (1, 1), (2, 64), (2, 13)])
@@ -57,10 +66,7 @@ def test_training(precision, recompute, B, T, several_chunks):
         batches = [batch(SMALL, B, T, seed=10 * k + n) for n in range(2)]
         losses = [[step(engine, *each) for each in batches] for engine in (ours, cpu)]
         assert losses[0] == pytest.approx(losses[1], rel=bound)
-        for name, g in tensors(cpu).items():
-            close(tensors(ours)[name], g, bound * 10)
-        norm = cpu.grad_norm()
-        assert ours.grad_norm() == pytest.approx(norm, rel=bound * 3)
+        norm = same_gradients(ours, cpu, bound)
         for engine in ours, cpu:
             engine.update(k, 1e-3, norm=norm, grad_clip=norm / 2, weight_decay=0.1)
     if precision == "fp32":
@@ -212,10 +218,7 @@ def test_the_kernels_source(precision, NH, C):
     cpu = t.GPT2(config, table, weights(config))
     losses = [[step(engine, *batch(config, 2, 13, seed=k)) for k in range(2)] for engine in (ours, cpu)]
     assert losses[0] == pytest.approx(losses[1], rel=bound)
-    for name, g in tensors(cpu).items():
-        close(tensors(ours)[name], g, bound * 10)
-    norm = cpu.grad_norm()
-    assert ours.grad_norm() == pytest.approx(norm, rel=bound * 3)
+    norm = same_gradients(ours, cpu, bound)
     for engine in ours, cpu:
         engine.update(0, 1e-5, norm=norm, grad_clip=norm / 2, weight_decay=0.1)
         engine.forward(*batch(config, 1, 65, seed=9), train=False)

@@ -5,37 +5,25 @@ import os
 
 import pytest
 from null_engine import NullEngine
-from runs import complete, contents
+from runs import Written, complete, contents
 
 from dev.run import checkpoints, files, folder
 
 resource = pytest.importorskip("resource", reason="Unix only")
 
 
-class FullDisk:
+class FullDisk(Written):
     """A file on a disk that is full after so many writes, of all files together"""
 
     def __init__(self, file, writes):
-        self.file, self.writes = file, writes
+        super().__init__(file)
+        self.writes = writes
 
     def write(self, data):
         if next(self.writes, None) is None:
             self.file.write(data[:len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
-
-    def writelines(self, parts):
-        for part in parts:
-            self.write(part)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 def fill_disk(patch, writes):
