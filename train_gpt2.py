@@ -892,13 +892,7 @@ def activation_table(config, B, T, recompute=1, train=True):
     """(name, shape) of what a forward pass leaves for the backward pass, and of the gradients that layers share.
 
     recompute: 0 keeps all activations; the backward pass computes with 1 GELU's output again, with 2 LayerNorm's too.
-    Raises ValueError for a batch that the model cannot have.
     """
-    if B < 1 or T < 1:
-        raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
-    if T > config.max_seq_len:
-        raise ValueError(f"a sequence of {T} tokens is too long: this model's limit is {config.max_seq_len}\n"
-                         f"---> HINT: use -t {config.max_seq_len} or less")
     Vp, L, NH, C, BT = config.padded_vocab_size, config.num_layers, config.num_heads, config.channels, B * T
     L = L if train else 1  # evaluation and sampling need one layer's activations at a time
     gelus, norms = L if recompute < 1 else 1, L if recompute < 2 else 1
@@ -1007,6 +1001,7 @@ class GPT2(Engine):
 
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
+        self.check_shape(B, T)
         plan = memory_plan(self.config, B, T, recompute, train)
         plan["parameters"] -= 8 * (self.num_parameters - size_of(self.moments)) if train else 0
         require_memory(sum(plan.values()))

@@ -303,9 +303,8 @@ class Bench:
                 "unit": UNITS[ceiling], "percent": 100 * rate / (peak or self.ceilings[ceiling])} | more
 
     def step_row(self, what, B, T, times, peak=None, **more):
-        config, N = self.config, self.model.num_parameters
-        flops = B * T * (6 * N + 6 * config.num_layers * config.channels * T)
-        limit = flops / self.ceilings["fma"] / 1e9 + 28 * N / self.ceilings["adamw"] / 1e9
+        flops = B * T * self.model.flops_per_token(T)
+        limit = flops / self.ceilings["fma"] / 1e9 + 28 * self.model.num_parameters / self.ceilings["adamw"] / 1e9
         median = float(np.median(times))
         note = more.pop("note", f"{B * T / median:,.0f} tok/s; {limit / median:.0%} of the limit")
         return self.row(what, times, flops, "fma", peak, B=B, T=T, limit_ms=1e3 * limit, note=note,

@@ -76,8 +76,7 @@ def ours(model, B, T, precision, steps):
         step()
         engine.gpu.synchronize()
     peak = engine.peak()
-    config = engine.config
-    flops = B * T * (6 * engine.num_parameters + 6 * config.num_layers * config.channels * T)
+    flops = B * T * engine.flops_per_token(T)
     return {"times": times, "first": first, "kernels": kernels, "peak": peak, "flops": flops, "gpu": engine.gpu.name}
 
 

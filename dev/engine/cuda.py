@@ -266,9 +266,7 @@ class GPT2(Engine):
 
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
-        if B < 1 or T < 1 or T > self.config.max_seq_len:
-            raise ValueError(f"a batch of {B} sequences of {T} tokens cannot be: this model's limit is "
-                             f"{self.config.max_seq_len} tokens\n---> HINT: use -t {self.config.max_seq_len} or less")
+        self.check_shape(B, T)
         self.require_memory(B, T, recompute, train)
         self.recompute = recompute
         plan = self.memory_plan(B, T, recompute, train)
@@ -348,9 +346,6 @@ class GPT2(Engine):
     def forward(self, inputs, targets=None, train=True):
         self.check_order("forward")
         inputs, targets = self.check_batch(inputs, targets)
-        if inputs.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"a sequence of {inputs.shape[1]} tokens is too long: this model's limit is "
-                             f"{self.config.max_seq_len}")
         train = train and targets is not None
         (B, T), self.shape = inputs.shape, inputs.shape
         if not train and (B, T, True, self.recompute) not in self.plans:  # filled up: few shapes, few graphs

@@ -143,6 +143,10 @@ class Engine:
         """A context in which every kernel's call ends with record(name, arguments by name, seconds)"""
         raise NotImplementedError
 
+    def flops_per_token(self, T):
+        """Model FLOPs of a training step for each token, in sequences of T: llm.c's formula for MFU"""
+        return 6 * self.num_parameters + 6 * self.config.num_layers * self.config.channels * T
+
     # what all of them check
 
     def check_order(self, call):
@@ -165,9 +169,19 @@ class Engine:
             raise ValueError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
         return tokens
 
+    def check_shape(self, B, T):
+        """ValueError for a batch that the model cannot have"""
+        if B < 1 or T < 1:
+            raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
+        maxT = self.config.max_seq_len
+        if T > maxT:
+            raise ValueError(f"a sequence of {T} tokens is too long: this model's limit is {maxT}\n"
+                             f"---> HINT: use -t {maxT} or less")
+
     def check_batch(self, inputs, targets=None):
-        """inputs and targets as check_tokens() returns them; ValueError where their shapes differ."""
+        """inputs and targets as check_tokens() returns them; ValueError where they are too long or differ in shape."""
         inputs = self.check_tokens(inputs)
+        self.check_shape(*inputs.shape)
         if targets is None:
             return inputs, None
         if np.shape(targets) != inputs.shape:

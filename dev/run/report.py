@@ -50,15 +50,14 @@ class Report:
 
     def begin(self, run, last_step, tokenizer, output):
         """run: where it begins; last_step: where it will end; output: what keeps the log"""
-        config, flags, self.output = run.engine.config, self.flags, output
+        flags, self.output = self.flags, output
         self.say(*output.describe(last_step))
         if tokenizer.tokens is None and flags.sample_every:
             self.say("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
                      "---> HINT: `make data` writes it")
         if run.step:
             self.say(f"resuming from step {run.step}")
-        attention = 6 * config.num_layers * config.channels * flags.sequence_length
-        self.flops = flags.total_batch_size * (6 * run.engine.num_parameters + attention)
+        self.flops = flags.total_batch_size * run.engine.flops_per_token(flags.sequence_length)
         self.peak = self.processes.sum(run.engine.peak())
         self.last_step, self.start = last_step, time.perf_counter()
 

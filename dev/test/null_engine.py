@@ -27,8 +27,7 @@ class NullEngine(Engine):
 
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
-        if B < 1 or not 0 < T <= self.config.max_seq_len:
-            raise ValueError(f"({B}, {T}) tokens are no batch of a model with {self.config.max_seq_len} positions")
+        self.check_shape(B, T)
         return {"parameters": 4 * 4 * self.num_parameters}
 
     def peak(self):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dev.run import engine
 from dev.run import report as module
 from dev.run.config import GPT2Config
 from dev.run.flags import parse_flags
@@ -19,6 +20,7 @@ FLOPS = 32 * (6 * 1000 + 6 * 2 * 32 * 8)  # of a step: 32 tokens, 1000 parameter
 class Engine:
     """One with 1000 parameters, on which a step that takes a second has 50 % MFU"""
     config, num_parameters, num_activations = CONFIG, 1000, 7
+    flops_per_token = engine.Engine.flops_per_token
 
     def peak(self):
         return 2.0 * FLOPS
