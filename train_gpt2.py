@@ -43,7 +43,7 @@ from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
 from dev.run.flags import parse_flags
 from dev.run.folder import Output, own_folder
-from dev.run.machine import allow_amx, peak_memory, require_memory, threads_of
+from dev.run.machine import allow_amx, peak_memory, require_memory, shortest, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
 from dev.run.processes import ALONE, processes_of
 from dev.run.random_weights import draw, init_random
@@ -157,6 +157,7 @@ def constant(value_of):
 numbers = constant(lambda dtype: 2 if dtype == types.uint32 else 1)                         # in a word
 panel_rows = constant(lambda dtype: AMX_ROWS if AMX and dtype == types.uint32 else MR)      # of A, that micro() takes
 panel_depth = constant(lambda dtype: AMX_KC if AMX and dtype == types.uint32 else KC)       # words
+packing = constant(lambda dtype: 24 if AMX and dtype == types.uint32 else 8)                # sums while one is packed
 panel_step = constant(lambda dtype: TILE if AMX and dtype == types.uint32 else 4)           # words, that micro() takes
 
 
@@ -449,10 +450,8 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0):
 
 @intrinsic
 def take(typingctx, counter):
-    """counter[0], which becomes one more, in an atomic operation: no two threads get the same number.
-
-    Threads take their next piece of work with it, so that one that a neighbour slows down takes fewer.
-    """
+    """counter[0], which becomes one more, in an atomic operation: no two threads get the same number. Threads take
+    their next piece of work with it, so that one that a neighbour slows down takes fewer."""
     def codegen(context, builder, sig, args):
         pointer, _ = element_pointer(context, builder, sig.args[0], args[0], ir.Constant(i64, 0))
         return builder.atomic_rmw("add", builder.bitcast(pointer, i64.as_pointer()), ir.Constant(i64, 1), "monotonic")
@@ -471,14 +470,22 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
         return counter[0] - 1
 
 
+LATE = 0.25  # of a tile: what one thread, which others disturb, takes longer than the rest
+
+
 @inner
-def cut(M, N, threads):
-    """The tiles of an (M, N) output, [(first row, end, first column, end)]: two or more for each thread, if they stay
-    wide enough"""
-    rows = min(M, MC)
-    down = (M + rows - 1) // rows
-    columns = min(max(down * N // (2 * threads), NC // 2), NC) // NR * NR
-    return [(i, min(M, i + rows), j, min(N, j + columns)) for j in range(0, N, columns) for i in range(0, M, rows)]
+def cut(M, N, panels):
+    """The tiles of an (M, N) output, [(first row, end, first column, end)], as large as let the busiest thread be done
+    first. A tile takes the time of its sums and of packing its rows and columns, by the depth of the product"""
+    best, down, across = np.inf, 0, 0
+    for rows in range(AMX_ROWS, MC + 1, AMX_ROWS):
+        for columns in range(NR, NC + 1, NR):
+            tiles = ((M + rows - 1) // rows) * ((N + columns - 1) // columns)
+            busiest = (tiles + len(panels) - 1) // len(panels) + LATE
+            time = busiest * (rows * columns + packing(panels) * (rows + columns))
+            if time < best:
+                best, down, across = time, rows, columns
+    return [(i, min(M, i + down), j, min(N, j + across)) for j in range(0, N, across) for i in range(0, M, down)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,7 +633,7 @@ def matmul_forward(out, act, inp, weight, bias, residual, panels):
                 out[0, o] = total
             finish_row(out, act, bias, residual, 0, o0, o1)
         return
-    tiles, counter = cut(BT, OC, len(panels)), np.zeros(1, np.int64)
+    tiles, counter = cut(BT, OC, panels), np.zeros(1, np.int64)
     for thread in prange(len(panels)):
         tile = take(counter)
         while tile < len(tiles):
@@ -643,7 +650,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
     # dout (B*T, OC), inp (B*T, C), weight (OC, C); dbias may be empty; add: whether dweight and dbias are added to
     BT, C = inp.shape
     OC = dout.shape[1]
-    dinp_tiles, dweight_tiles = cut(BT, C, len(panels)), cut(OC, C, len(panels))
+    dinp_tiles, dweight_tiles = cut(BT, C, panels), cut(OC, C, panels)
     counter = np.zeros(1, np.int64)
     for thread in prange(len(panels)):
         tile = take(counter)
@@ -1235,17 +1242,11 @@ def multiply_in_cache(panels, repeats):
 
 def measure_peak(panels):
     """This machine's FLOP/s on all threads, in the precision of panels (threads, PANELS), scratch memory: the best of
-    many short loops in 0.3 s, since neighbours may disturb some of them. NaN in plain Python"""
+    many short loops, since neighbours may disturb some of them. NaN in plain Python"""
     if numba.config.DISABLE_JIT:
         return math.nan
-    multiply_in_cache(panels, 1)
-    best, repeats, end = math.inf, 4000, time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        multiply_in_cache(panels, repeats)
-        best = min(best, time.perf_counter() - start)
-    rows, many = (AMX_ROWS if AMX else MR, 2) if panels.dtype == np.uint32 else (MR, 1)
-    return len(panels) * repeats * 2 * rows * NR * KC * many / best
+    repeats, (rows, many) = 4000, (AMX_ROWS if AMX else MR, 2) if panels.dtype == np.uint32 else (MR, 1)
+    return len(panels) * repeats * 2 * rows * NR * KC * many / shortest(multiply_in_cache, panels, repeats)
 
 
 def run_kernels(precision, attention_first=False):

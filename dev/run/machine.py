@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import time
 
 
 def allowed_cpus():
@@ -70,6 +71,16 @@ def require_memory(needed):
     if needed > free:
         raise ValueError(f"this run needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free\n"
                          "---> HINT: use a smaller batch (-b), a shorter sequence (-t) or a smaller model (-e)")
+
+
+def shortest(call, *args, seconds=0.3):
+    """The shortest of the times, in seconds, that a call took, repeated for so many seconds after a first one"""
+    call(*args)
+    best, end = math.inf, time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        call(*args)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def peak_memory():
