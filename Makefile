@@ -1,6 +1,7 @@
 # Every target works as the first command in a fresh clone: it makes .venv, fetches what it needs and runs.
 PYTHON ?= python3
 RUN = .venv/bin/python
+comma := ,
 RUN_GPU = .venv-gpu/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
@@ -41,6 +42,7 @@ clean:  ## the environment and compiled kernels; data/ stays
 
 bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=--torch puts PyTorch beside them
 	$(RUN) -m dev.bench $(ARGS)
+	$(RUN) -m dev.bench --precision bf16 --only kernels,steps$(if $(findstring --torch,$(ARGS)),$(comma)torch --torch)
 
 train-gpu: data .venv-gpu/ready  ## GPT-2 124M on an NVIDIA GPU, on the data of `make train`; driver 580 or newer
 	@if [ -f $(SHAKESPEARE)train.bin ]; then D=$(SHAKESPEARE); else D=$(PYDOC); fi; \

@@ -4,14 +4,15 @@ How fast is it, and how fast could it be? One table on the terminal, and the sam
     python -m dev.bench                                  everything but the peers
     python -m dev.bench --quick                          without the longest batch
     python -m dev.bench --torch --llmc llm.c/train_gpt2  with PyTorch, and an llm.c trainer that you have built
+    python -m dev.bench --precision bf16                 products of bfloat16, PyTorch's under autocast
     python -m dev.bench --only kernels,sampling          some sections; the file keeps its others
     python -m dev.bench --markdown                       the README's table, from the file
     python dev/doc/plot_bench.py                         the README's plot, from the file
 
-"Of the ceiling" is what was reached of the FMA peak (the micro-kernel in the L1 cache), of the bandwidth at which DRAM
-is read or, in AdamW's mix, read and written. More than 100 % means that the data came from a cache. The limit of a
-step is its model FLOPs, 6 N + 6 L C T a token, at the FMA peak, and then AdamW's 28 bytes a parameter at the bandwidth
-of its mix.
+"Of the ceiling" is what was reached of the peak (the micro-kernel in the L1 cache, in the precision that is measured),
+of the bandwidth at which DRAM is read or, in AdamW's mix, read and written. More than 100 % means that the data came
+from a cache. The limit of a step is its model FLOPs, 6 N + 6 L C T a token, at that peak, and then AdamW's 28 bytes a
+parameter at the bandwidth of its mix.
 
 Times are wall-clock times: the median, and the best. Batches are random tokens: what they say doesn't change the time.
 Run it on a machine that does nothing else. A virtual machine's bandwidth may change from one second to the next (36
@@ -55,6 +56,7 @@ from dev.run.machine import available_cpus, peak_memory
 from dev.run.text import Sampler, generate
 
 ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 PAUSE = 0.2  # seconds: until then the threads of the one that was measured before have stopped spinning
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,10 +169,11 @@ def end(process):
 
 
 class Worker:
-    """PyTorch in a process of its own, which waits at a pipe, asleep, until it is asked for a step."""
+    """PyTorch in a process of its own, which waits at a pipe, asleep, until it is asked for a step of (B, T) tokens.
+    mode: eager, compiled"""
 
-    def __init__(self, *args):
-        command = [sys.executable, "-m", "dev.bench", "--worker", *map(str, args)]
+    def __init__(self, model, mode, B, T, precision="fp32"):
+        command = [sys.executable, "-m", "dev.bench", "--worker", model, mode, str(B), str(T), precision]
         self.process = spawn(command, text=True, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=peer_environment())
 
@@ -185,7 +188,7 @@ class Worker:
         return answer["seconds"]
 
 
-def worker(model, mode, B, T):
+def worker(model, mode, B, T, precision):
     """The other end of Worker. PyTorch's step is spared the gradient norm, which ours computes."""
     ours = peak_memory()  # mostly Numba, which PyTorch doesn't need
     answers = os.fdopen(os.dup(1), "w")
@@ -202,7 +205,8 @@ def worker(model, mode, B, T):
 
     def step(x, y):
         optimizer.zero_grad()
-        loss = forward(x, y)[1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = forward(x, y)[1]
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -213,6 +217,18 @@ def worker(model, mode, B, T):
         except Exception as error:  # noqa: BLE001 - torch.compile fails in many ways
             answer = {"error": f"{type(error).__name__}: {error}".split("\n")[0]}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+@contextlib.contextmanager
+def neighbour():
+    """Another process, which keeps a processor busy"""
+    process = spawn([sys.executable, "-c", "print('busy', flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        time.sleep(PAUSE)
+        yield process
+    finally:
+        end(process)
 
 
 def lines_of(command, **options):
@@ -256,7 +272,7 @@ class Bench:
     def __init__(self, flags, folder):
         self.flags, self.folder, self.random = flags, Path(folder), np.random.default_rng(42)
         self.threads = numba.get_num_threads()
-        self.model = t.build(flags.model, matmul=flags.matmul)
+        self.model = t.build(flags.model, precision=flags.precision, matmul=flags.matmul)
         self.config, self.ceilings = self.model.config, {}
         self.shapes = [tuple(map(int, shape.split("x"))) for shape in flags.shapes.split(",")]
         self.shapes = self.shapes[:-1] or self.shapes if flags.quick else self.shapes
@@ -285,10 +301,19 @@ class Bench:
         with contextlib.redirect_stdout(None):
             self.model.prepare(*self.shapes[0])
 
+    @contextlib.contextmanager
+    def peer(self, mode, B, T):
+        worker = Worker(self.flags.model, mode, B, T, self.flags.precision)
+        try:
+            yield worker
+        finally:
+            end(worker.process)
+
     def train(self, B, T, *flags, env=None):
         """A run of train_gpt2.py. Returns {a line's beginning, up to a colon: (when it came, the first such line)}."""
         command = [sys.executable, "train_gpt2.py", "-e", self.flags.model, "-i", self.shard, "-j", self.shard,
-                   "-b", str(B), "-t", str(T), "--matmul", self.flags.matmul, *flags]
+                   "-b", str(B), "-t", str(T), "--matmul", self.flags.matmul, "--precision", self.flags.precision,
+                   *flags]
         lines = list(lines_of(command, env=env))
         seen = {line.split(":")[0]: (seconds, line) for seconds, line in reversed(lines)}
         if "peak memory" not in seen:
@@ -335,7 +360,8 @@ def ceilings(bench):
     array = [aligned(size // 2, np.ones) for _ in range(4)]
     adamw = 28e-9 * (size // 2) / min(bench.measure(stopwatch, plain_adamw, *array))
     bench.ceilings = {"fma": peak, "read": read, "adamw": adamw}
-    names = {"fma": "float32 multiply-adds", "read": "reading DRAM", "adamw": "AdamW's reading and writing"}
+    names = {"fma": f"{PRECISIONS[bench.flags.precision]} multiply-adds", "read": "reading DRAM",
+             "adamw": "AdamW's reading and writing"}
     for key, what in names.items():
         yield {"what": what, "ceiling": key, "rate": bench.ceilings[key], "unit": UNITS[key]}
 
@@ -362,18 +388,50 @@ def curve(bench):
 
 
 def threads(bench):
-    """A step on 1, 2, 4 … threads; the ceiling is the FMA peak of as many"""
-    B, T = bench.shapes[len(bench.shapes) // 2]
-    alone = None
-    for n in sorted({2**k for k in range(bench.threads.bit_length())} | {bench.threads}):
-        bench.use_threads(n)
-        peak = bench.model.peak() / 1e9
-        times = bench.measure(bench.step, B, T)
-        alone = alone or np.median(times)
-        speedup = float(alone / np.median(times))
-        yield bench.step_row(f"({B}, {T}) on {n}", B, T, times, peak, threads=n, speedup=speedup,
-                             note=f"{speedup:.2f} times one")
+    """A step on 1, 2, 4 … threads; the ceiling is the peak of as many. With --torch, PyTorch's faster way as well"""
+    for B, T in bench.shapes:
+        alone = None
+        for n in sorted({2**k for k in range(bench.threads.bit_length())} | {bench.threads}):
+            bench.use_threads(n)
+            peak = bench.model.peak() / 1e9
+            times = bench.measure(bench.step, B, T)
+            alone = alone or np.median(times)
+            speedup = float(alone / np.median(times))
+            yield bench.step_row(f"({B}, {T}) on {n}", B, T, times, peak, threads=n, speedup=speedup,
+                                 note=f"{speedup:.2f} times one")
+            yield from fastest_peer(bench, f"({B}, {T}) PyTorch on {n}", B, T, times, peak)
     bench.use_threads(bench.threads)
+
+
+def fastest_peer(bench, what, B, T, ours, peak=None):
+    """With --torch a row of PyTorch's step, on as many threads as ours now has, eager or compiled, what is faster"""
+    rows = []
+    for mode in ("eager", "compiled") if bench.flags.torch else ():
+        with contextlib.suppress(RuntimeError), bench.peer(mode, B, T) as peer:
+            times = bench.measure(peer.step)
+            ratio = float(np.median(ours) / np.median(times))
+            rows.append(bench.step_row(what, B, T, times, peak, threads=numba.get_num_threads(), mode=mode,
+                                       ratio=ratio, note=f"{mode}; ours takes {ratio:.2f} of it"))
+    yield from sorted(rows, key=lambda row: row["ms"])[:1]
+
+
+def busy(bench):
+    """A step while another process keeps a processor busy, in turns with a step without"""
+    B, T = bench.shapes[0]
+
+    def disturbed(step):
+        with neighbour():
+            return step()
+
+    def rows(what, step):
+        alone, beside = alternate([step, partial(disturbed, step)], 4 * bench.flags.seconds)
+        mean, best = float(np.mean(beside) / np.mean(alone)), min(beside) / min(alone)
+        yield bench.step_row(f"({B}, {T}) {what}", B, T, beside, ratio=mean, best_ratio=best,
+                             note=f"takes {mean:.2f} times as long on average, at best {best:.2f}")
+    yield from rows("ours", partial(bench.step, B, T))
+    if bench.flags.torch:
+        with bench.peer("eager", B, T) as peer:
+            yield from rows("PyTorch, eager", peer.step)
 
 
 def memory(bench):
@@ -427,14 +485,12 @@ def torch(bench):
     for B, T in bench.shapes:
         ratios = []
         for mode in "eager", "compiled":
-            peer = Worker(bench.flags.model, mode, B, T)
             try:
-                times, ours = alternate([peer.step, partial(bench.step, B, T)], 2 * bench.flags.seconds)
+                with bench.peer(mode, B, T) as peer:
+                    times, ours = alternate([peer.step, partial(bench.step, B, T)], 2 * bench.flags.seconds)
             except RuntimeError as error:
                 yield {"what": f"({B}, {T}) {mode}", "note": f"failed: {error}"}
                 continue
-            finally:
-                end(peer.process)
             ratio, best = float(np.median(ours) / np.median(times)), min(ours) / min(times)
             mib = peer.peak_memory / 2**20
             yield bench.step_row(f"({B}, {T}) ours", B, T, ours)
@@ -468,8 +524,8 @@ def llmc(bench):
     yield bench.step_row("(4, 64) llm.c", 4, 64, times[1:], ratio=ratio, note=f"ratio {ratio:.3f}")
 
 
-SECTIONS = {f.__name__: f for f in (ceilings, kernels, steps, curve, threads, memory, adamw, sampling, start, torch,
-                                    llmc)}
+SECTIONS = {f.__name__: f for f in (ceilings, kernels, steps, curve, threads, busy, memory, adamw, sampling, start,
+                                    torch, llmc)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,15 +559,17 @@ def parse_flags(argv):
     add("--torch", action="store_true", help="also measure PyTorch, eager and compiled")
     add("--llmc", metavar="PATH", help="also measure this train_gpt2 of llm.c")
     add("--only", metavar="SECTION,…", help=f"some of {', '.join(SECTIONS)}; the ceilings are always measured")
-    add("--output", default="data/bench.json", help="the JSON file (%(default)s)")
+    add("--precision", default="fp32", choices=PRECISIONS, help="what products read (%(default)s)")
+    add("--output", help="the JSON file (data/bench.json, of bf16 data/bench_bf16.json)")
     add("--markdown", action="store_true", help="measure nothing, print the README's table from the JSON file")
     add("--model", default="d12", help="a descriptor or a checkpoint (%(default)s)")
     add("--shapes", default="4x64,4x256,4x1024", help="B x T of the steps (%(default)s)")
     add("--matmul", default="auto", choices=("auto", "numba", "blas"), help="who multiplies matrices (%(default)s)")
     add("--seconds", type=float, default=4.0, help="how long each thing is measured, at least (%(default)s)")
     add("--megabytes", type=int, default=1024, help="memory that is read to find the bandwidth (%(default)s)")
-    add("--worker", nargs=4, help=argparse.SUPPRESS)
+    add("--worker", nargs=5, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
+    flags.output = flags.output or f"data/bench{'_bf16' if flags.precision == 'bf16' else ''}.json"
     optional = {"torch": flags.torch, "llmc": flags.llmc}
     flags.sections = flags.only.split(",") if flags.only else [name for name in SECTIONS if optional.get(name, True)]
     if not set(flags.sections) <= set(SECTIONS):
@@ -532,8 +590,8 @@ def show(row):
 
 def run(flags):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    engine = t.build(flags.model, matmul=flags.matmul)
-    setting = {"machine": machine(), "model": flags.model, "matmul": engine.describe()[0]}
+    engine = t.build(flags.model, precision=flags.precision, matmul=flags.matmul)
+    setting = {"machine": machine(), "model": flags.model, "precision": flags.precision, "matmul": engine.describe()[0]}
     print(json.dumps(setting))
     if load > 0.5:
         print(f"load average {load:.1f}: other programs are running, so these numbers are not what the machine can do")

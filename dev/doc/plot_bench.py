@@ -2,7 +2,8 @@
 Pictures what dev/bench.py measured: how long a training step takes, against the peers and the hardware's limit.
 
     python -m dev.bench --torch --llmc llm.c/train_gpt2
-    python dev/doc/plot_bench.py data/bench.json -o dev/doc/step_time.svg     needs matplotlib
+    python -m dev.bench --torch --precision bf16 --only steps,torch
+    python dev/doc/plot_bench.py data/bench.json data/bench_bf16.json -o dev/doc/step_time.svg     needs matplotlib
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -44,17 +45,22 @@ def machine(results):
             + ", ".join(f"{name} {version}" for name, version in m["versions"].items()))
 
 
+def precision(results):
+    return "bfloat16" if results.get("precision") == "bf16" else "float32"
+
+
 def markdown(results):
     """The README's table of a bench.json"""
     def line(*cells):
         return "| " + " | ".join(cells) + " |"
-    lines = [line(f"{results['model']}, float32", "llm.numba", "PyTorch", "llm.c", "the limit"), line(*["---"] * 5)]
+    title = f"{results['model']}, {precision(results)}"
+    lines = [line(title, "llm.numba", "PyTorch", "llm.c", "the limit"), line(*["---"] * 5)]
     pairs = results_by_shape(results)
     for ours, peers in pairs:
         cells = [f"{seconds(peers[p]['ms'])}, ours takes {peers[p]['ratio']:.2f} of it" if p in peers else ""
                  for p in PEERS]
         lines.append(line(f"a step, B={ours['B']}, T={ours['T']}",
-                          f"{seconds(ours['ms'])}, {ours['percent']:.0f} % of FMA peak",
+                          f"{seconds(ours['ms'])}, {ours['percent']:.0f} % of the peak",
                           *cells, seconds(ours["limit_ms"])))
     torch = {(ours["B"], ours["T"]): f"{peers['PyTorch']['peak_mib'] / 1024:.1f} GiB"
              for ours, peers in pairs if "PyTorch" in peers}
@@ -96,7 +102,7 @@ def plot_steps(axes, results):
     axes.axhline(1, color=INK, linewidth=1.2)
     axes.grid(axis="y", color=GRID)
     axes.legend(labels.values(), labels, frameon=False, loc="upper right", ncols=len(labels))
-    axes.set_title("A training step, in multiples of the hardware's limit", loc="left")
+    axes.set_title(f"A step in {precision(results)}, in multiples of the hardware's limit", loc="left")
 
 
 def plot_curve(axes, results):
@@ -123,8 +129,31 @@ def plot_curve(axes, results):
     axes.set_title("Tokens a second against tokens a step", loc="left")
 
 
-def plot(results, path):
-    """Draw what there is of steps and curve into a file whose name ends in .svg or .png."""
+def plot_threads(axes, results):
+    """Lines: tokens a second against threads, of ours and of PyTorch's step, for each shape"""
+    rows = [row for row in results["threads"] if "threads" in row]
+    shapes = list(dict.fromkeys((row["B"], row["T"]) for row in rows))
+    for (B, T), style in zip(shapes, ("o-", "s--", "^:", "d-."), strict=False):
+        for name, color in ("llm.numba", OURS), ("PyTorch", PEERS["PyTorch"]):
+            points = [(row["threads"], row["tokens_per_second"]) for row in rows
+                      if (row["B"], row["T"]) == (B, T) and ("mode" in row) == (name == "PyTorch")]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, linewidth=2, markersize=5,
+                          label=f"{name}, B={B}, T={T}")
+    counts = sorted({row["threads"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(color=GRID)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"Tokens a second against threads, {precision(results)}", loc="left")
+
+
+def plot(measured, path):
+    """Draw what there is of steps, curve and threads, a panel each, into a file whose name ends in .svg or .png.
+    measured: what files of dev/bench.py hold, a dictionary each."""
     try:
         import matplotlib
     except ImportError:
@@ -135,26 +164,27 @@ def plot(results, path):
         "axes.titleweight": "bold", "axes.titlesize": 11, "axes.titlepad": 12, "axes.edgecolor": "#999999",
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
-    panels = [(draw, width) for key, draw, width in (("steps", plot_steps, 1.25), ("curve", plot_curve, 1))
-              if results.get(key)]
+    panels = [(draw, width, results) for key, draw, width in
+              (("steps", plot_steps, 1.25), ("curve", plot_curve, 1), ("threads", plot_threads, 1))
+              for results in measured if results.get(key)]
     if not panels:
-        raise ValueError("neither steps nor curve have been measured\n---> HINT: python -m dev.bench")
+        raise ValueError("neither steps, curve nor threads have been measured\n---> HINT: python -m dev.bench")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.8 * len(panels), 4.4), squeeze=False,
-                                   layout="constrained", width_ratios=[width for _, width in panels])
-    for (draw, _), a in zip(panels, axes[0], strict=True):
+                                   layout="constrained", width_ratios=[width for _, width, _ in panels])
+    for (draw, _, results), a in zip(panels, axes[0], strict=True):
         draw(a, results)
-    figure.supxlabel(f"GPT-2 {results['model']} in float32. {machine(results)}", fontsize=8, color="#777777")
+    figure.supxlabel(f"GPT-2 {measured[0]['model']}. {machine(measured[0])}", fontsize=8, color="#777777")
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", nargs="?", default=DATA / "bench.json",
+    parser.add_argument("json", nargs="*", default=[DATA / "bench.json"],
                         help="what dev/bench.py wrote (data/bench.json)")
     parser.add_argument("-o", "--output", default=str(Path(__file__).with_name("step_time.svg")),
                         help=".svg or .png (dev/doc/step_time.svg)")
     flags = parser.parse_args(argv)
-    plot(json.loads(Path(flags.json).read_text()), flags.output)
+    plot([json.loads(Path(file).read_text()) for file in flags.json], flags.output)
     print(f"wrote {show(flags.output)}")
 
 

@@ -3,6 +3,7 @@ The benchmark runs, and knows every kernel: tiny sizes, and no claims about time
 """
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def measure(tiny, tmp_path):
 
 def test_sections(measure, capsys):
     measure("--only", "memory", "--shapes", "2x8")
-    results = measure("--only", "kernels,steps,curve,threads,adamw,sampling")
-    sections = {"machine", "ceilings", "memory", "kernels", "steps", "curve", "threads", "adamw", "sampling"}
+    results = measure("--only", "kernels,steps,curve,threads,busy,adamw,sampling")
+    sections = {"machine", "ceilings", "memory", "kernels", "steps", "curve", "threads", "busy", "adamw", "sampling"}
     assert sections <= set(results)
     for section in bench.SECTIONS:
         for row in results.get(section, []):
@@ -50,6 +51,19 @@ def test_sections(measure, capsys):
         assert sum(shares) == pytest.approx(100, abs=0.1)
     assert "| a step, B=4, T=16 |" in plot_bench.markdown(results)
     assert "% of the time" in capsys.readouterr().out
+
+
+def test_bfloat16(measure):
+    results = measure("--only", "kernels,steps", "--precision", "bf16")
+    assert results["precision"] == "bf16" and "bfloat16" in results["matmul"] + results["ceilings"][0]["what"]
+    assert "tiny" in results["model"] and "bfloat16 |" in plot_bench.markdown(results).splitlines()[0]
+
+
+def test_neighbour():
+    """It is there meanwhile, and gone afterwards."""
+    with bench.neighbour() as process:
+        assert process.poll() is None
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_every_kernel_has_a_cost():
@@ -125,9 +139,14 @@ def test_torch_worker(tiny):
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     step = {"B": 4, "T": 64, "ms": 700.0, "limit_ms": 600.0, "percent": 85.0, "tokens_per_second": 365.0}
+    on = [step | {"threads": n} for n in (1, 2)]
     results = {"machine": bench.machine(), "model": "d12", "steps": [step], "curve": [step, step | {"T": 128}],
-               "llmc": [step | {"ms": 6000.0, "ratio": 0.12}]}
-    plot_bench.plot(results, str(tmp_path / "plot.svg"))
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+               "llmc": [step | {"ms": 6000.0, "ratio": 0.12}], "threads": on + [on[1] | {"mode": "compiled"}]}
+    half = results | {"precision": "bf16", "curve": [], "threads": []}
+    plot_bench.plot([results, half], str(tmp_path / "plot.svg"))
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in (
+        "A step in float32, in multiples of the hardware's limit", "A step in bfloat16, in multiples of the hardware's "
+        "limit", "Tokens a second against tokens a step", "PyTorch, B=4, T=64", "llm.numba, B=4, T=64"))
     with pytest.raises(ValueError, match="HINT"):
-        plot_bench.plot({}, str(tmp_path / "plot.svg"))
+        plot_bench.plot([{}], str(tmp_path / "plot.svg"))
