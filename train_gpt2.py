@@ -35,7 +35,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, requests
+from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import open_console
@@ -1330,22 +1330,23 @@ class DataLoader:
         if self.random:
             self.sample_order = shuffle(list(self.sample_order), self.random)
 
-    def next_batch(self):
-        """The next (inputs, targets), each (B, T) int32; targets are the inputs one token later."""
+    def next_batch(self, read=True):
+        """The next (inputs, targets), (B, T) int32; targets are inputs one token later. read: False passes it over."""
         while self.sample_index >= len(self.sample_order):
             if self.shard_index + 1 < len(self.files):
                 self.open_shard(self.shard_index + 1)
             else:
                 self.reset()
-        n = self.B * self.T
-        start = (self.sample_order[self.sample_index] * self.processes + self.rank) * n
-        tokens = self.tokens[start:start + n + 1].astype(np.int32)
+        start = (self.sample_order[self.sample_index] * self.processes + self.rank) * self.B * self.T
+        self.sample_index += 1
+        if not read:
+            return None
+        tokens = self.tokens[start:start + self.B * self.T + 1].astype(np.int32)
         if self.vocab_size and tokens.max() >= self.vocab_size:
             where = int(tokens.argmax())
             raise ValueError(f"{self.files[self.shard_order[self.shard_index]]}: token {tokens[where]} at position "
                              f"{start + where:,} is not in the model's vocabulary of {self.vocab_size:,}\n"
                              "---> HINT: were these shards made for another tokenizer, or is the file damaged?")
-        self.sample_index += 1
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
     def state(self):
@@ -1391,9 +1392,9 @@ def validate(engine, loader, batches):
     """The mean loss of the loader's first batches, one for each item of `batches`; the processes divide them"""
     loader.reset()
     processes, losses = engine.processes, []
-    for inputs, targets in (loader.next_batch() for _ in batches):
-        ours = len(losses) % processes.size == processes.rank
-        losses.append(float(engine.forward(inputs, targets, train=False)) if ours else 0.0)
+    for number, _ in enumerate(batches):
+        batch = loader.next_batch(number % processes.size == processes.rank)
+        losses.append(float(engine.forward(*batch, train=False)) if batch else 0.0)
     return sum(processes.sum(np.array(losses)).tolist()) / len(losses)
 
 
@@ -1423,13 +1424,12 @@ def train(flags, processes=ALONE):
         read_run_checkpoint(folder, resume_step, run)
     report.begin(run, steps, tokenizer, output := Output(flags, run))
 
-    def checkpoint(due=False):  # if it is due or has been asked for. Has a stop been asked for?
-        stopping, saving = requests(folder, stop, processes)
+    def checkpoint(stopping, saving, due=False):  # if it is due or has been asked for. Has a stop been asked for?
         if folder and ((stopping or saving) and output.wanted() or due):
             report.checkpoint(run.step, output.save())
             stopping = processes.any(stop.requested or stopping)
         return stopping
-    stop = Stop(checkpoint, processes.size == 1)
+    stop = Stop(checkpoint, folder, processes)
 
     def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
         return every and (run.step % every == 0 or run.step >= steps) and run.resumed != (run.step, True)
@@ -1445,10 +1445,10 @@ def train(flags, processes=ALONE):
                     if examples:
                         report.hellaswag(step, *score(engine, stop.during(examples)))
                 if due(flags.sample_every) and begun:
-                    report.sample(tokenizer, stop.during(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
+                    report.sample(tokenizer, stop.alone(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
 
             # once in a while write a checkpoint
-            stopping = checkpoint(due(flags.checkpoint_every) and begun)
+            stopping = checkpoint(*stop.asked(), due(flags.checkpoint_every) and begun)
             if step >= steps or stopping:
                 break
 
@@ -1458,7 +1458,7 @@ def train(flags, processes=ALONE):
                 loader.reset()
             losses = []
             for micro_batch in range(flags.micro_batches):
-                batches = [loader.next_batch() for _ in range(processes.size)]  # the same ones, however many we are
+                batches = [loader.next_batch(rank == processes.rank) for rank in range(processes.size)]
                 losses.append(engine.forward(*batches[processes.rank]))
                 engine.backward(last=micro_batch == flags.micro_batches - 1)
             norm = engine.grad_norm()

@@ -176,7 +176,7 @@ def read_run_checkpoint(folder, step, run):
     except ValueError as error:
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
     require_sound(run, f"{model_path}, {state_path}", f"---> HINT: remove {done}: then -y 1 goes on from before it")
-    run.sampler.state = more.get("coins", int(header[20:22].view(np.uint64)[0]))
+    run.sampler.state = int(header[20:22].view(np.uint64)[0])
     for window, old in zip(run.outliers.windows, more["windows"]):
         window.extend(old)
     run.model = more.get("model", run.model)
@@ -203,19 +203,6 @@ def read_run_json(path, data):
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds: "
                          "the last 128 losses and gradient norms") from error
-
-
-def requests(folder, stop, processes):
-    """(stop, write a checkpoint): what the processes have been asked for, in all of them the same: any of them by a
-    signal, see stop_on_signals(), or all by a file STOP in the folder, which is removed."""
-    path = os.path.join(folder or "", "STOP")
-    found = bool(folder) and processes.rank == 0 and os.path.exists(path)
-    if found:
-        processes.print(f"found {path}: stopping")
-        os.unlink(path)
-    stop.requested |= found
-    checkpoint, stop.checkpoint = stop.checkpoint, False
-    return processes.sum(np.array([stop.requested, checkpoint], np.int64)) > 0
 
 
 def save(flags, run):

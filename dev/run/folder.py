@@ -127,6 +127,7 @@ class Output:
     def save(self):
         """Write a checkpoint; returns the seconds that it took."""
         self.begin()
+        self.run.engine.processes.any(False)  # no process writes before the first one has removed what is old
         return save(self.flags, self.run)
 
     def begin(self):

@@ -51,6 +51,27 @@ train_gpt2.GPT2.backward = faulty
 """
 
 
+WITHIN = """
+import atexit, pathlib
+counts, forward, read = [0, 0], train_gpt2.GPT2.forward, train_gpt2.GPT2.read
+def count(what, act):
+    counts[what] += 1
+    if rank == {rank} and counts[{what}] == {number} and what == {what}:
+        {act}
+def counted_forward(engine, inputs, targets=None, train=True):
+    if not train:
+        count(0, rank)
+    return forward(engine, inputs, targets, train)
+def counted_read(engine, tokens):
+    if engine.processes.size > 1:  # not what compiles
+        count(1, rank)
+    return read(engine, tokens)
+train_gpt2.GPT2.forward, train_gpt2.GPT2.read = counted_forward, counted_read
+train_gpt2.HELLASWAG = {hellaswag!r}
+atexit.register(lambda: print(f"rank {{rank}}: {{counts[0]}} batches, {{counts[1]}} tokens", flush=True))
+"""
+
+
 def command(processes, arguments, code=""):
     """The command of a run; 0 processes: without mpirun"""
     launcher = [MPIRUN, "--oversubscribe", "--bind-to", "none", "-np", str(processes)] if processes else []
@@ -126,7 +147,9 @@ def test_evaluation_does_not_touch_a_run(run):
     assert (losses(run(2, text)) == losses(run(2, f"-v 1 -s 1 -g 3 {text}"))).all()
 
 
-def test_hellaswag_of_one_process(run, tmp_path, rng):
+@pytest.fixture
+def hellaswag(tmp_path, rng):
+    """The path of an evaluation set of 7 examples"""
     words = [20240522, 1, 7, 100]
     header = np.zeros(256, "<i4")
     header[:4] = words
@@ -137,7 +160,11 @@ def test_hellaswag_of_one_process(run, tmp_path, rng):
         body += [65535, 2 * (len(tail) + 2), *tail]
     path = tmp_path / "hellaswag.bin"
     path.write_bytes(header.tobytes() + np.array(body, "<u2").tobytes())
-    code = f"train_gpt2.HELLASWAG = {str(path)!r}"
+    return str(path)
+
+
+def test_hellaswag_of_one_process(run, hellaswag):
+    code = f"train_gpt2.HELLASWAG = {hellaswag!r}"
     said = {re.search(r"HellaSwag: (\d/7) ", run(processes, "-x 0 -v 1 -h 1", code))[1] for processes in (0, 2, 3, 8)}
     assert len(said) == 1
 
@@ -327,6 +354,55 @@ def test_signal_to_one_process_stops_all(job, out, number):
     os.kill(pids[1], number)
     step = int(wait_for(process, "checkpoint of step").split()[3])
     assert process.wait(20) == 0 and (out / f"DONE_{step:08d}").exists()
+
+
+TERM, TOUCH = "os.kill(os.getpid(), signal.SIGTERM)", "pathlib.Path({out!r}, 'STOP').touch()"
+
+
+@pytest.mark.parametrize("act, rank, what, number, counts, later", [
+    (TERM, 1, 0, 2, [2, 2, 2], 0),          # in the first validation: 6 batches for each process
+    (TERM, 2, 0, 7, [7, 7, 7], 0),          # HellaSwag: 3, 2 and 2 examples
+    (TERM, 0, 0, 9, [9, 8, 8], 0),          # its last one
+    (TERM, 0, 1, 4, [18, 16, 16], 0),       # a text, which only the first process writes, after the second validation
+    (TOUCH, 2, 0, 3, [3, 3, 3], 1),         # when the first process has just looked for it: after one more each
+    (TOUCH, 0, 1, 4, [18, 16, 16], 0),
+])
+def test_a_stop_takes_effect_within_a_batch(run, hellaswag, out, tmp_path, act, rank, what, number, counts, later):
+    """All processes stop at the same place; the run goes on as if they had not."""
+    text = f"-x 6 -n 3 -v 4 -m 18 -h 1 -s 4 -g 9 -d {3 * B * T}"
+    values = {"rank": rank, "what": what, "hellaswag": hellaswag}
+    run(3, f"{text} -o {tmp_path / 'whole'}", WITHIN.format(**values, number=-1, act="pass"))
+    stopped = run(3, text, WITHIN.format(**values, number=number, act=act.format(out=str(out))))
+    found = sorted(re.findall(r"rank (\d): (\d+) batches, (\d+) tokens", stopped))
+    batches, tokens = [int(x[1]) for x in found], [int(x[2]) for x in found]
+    assert batches in ([n + more for n in counts] for more in range(later + 1))
+    assert tokens == ([number, 0, 0] if what else [0, 0, 0])
+    assert sorted(path.name for path in out.glob("DONE*"))[-1] == f"DONE_{4 * what:08d}"
+    run(3, f"{text} -y 1", WITHIN.format(**values, number=-1, act="pass"))
+    whole = contents(tmp_path / "whole")
+    assert {name: contents(out)[name] for name in whole} == whole
+
+
+def test_a_warning_is_answered_within_a_batch(run, hellaswag, out):
+    """SIGUSR1 in a validation: the checkpoint is written before the next batch, though nothing is over. It is the first
+    thing that comes into the folder: the first process takes its time to remove what older runs have left there, and
+    must not find what the other writes."""
+    act = "os.kill(os.getpid(), signal.SIGUSR1)"
+    slow = """
+import glob
+find, replace = glob.glob, os.replace
+def slow_glob(pattern, **options):
+    time.sleep(0.5 * pattern.endswith(".tmp"))
+    return find(pattern, **options)
+def slow_replace(old, new):
+    time.sleep(rank)
+    replace(old, new)
+glob.glob, os.replace = slow_glob, slow_replace
+"""
+    code = WITHIN.format(rank=1, what=0, number=3, hellaswag=hellaswag, act=act) + slow
+    said = run(2, "-x 2 -v 2 -m 18 -n 2", code)
+    assert said.index("checkpoint of step 0 written") < said.index("val loss")
+    assert sorted(path.name for path in out.glob("DONE*")) == ["DONE_00000000", "DONE_00000002"]
 
 
 @pytest.mark.parametrize("script, launcher, arguments, number", [
