@@ -138,7 +138,8 @@ class GPT2(Engine):
         if config.max_seq_len > positions:
             raise ValueError(f"a model of {config.max_seq_len} positions in heads of {hs} channels does not run on a "
                              f"GPU\n---> HINT: at most {positions} do")
-        self.weights, self.dtype, self.tf32 = weights, F32 if precision == "fp32" else BF16, bool(int(tf32))
+        self.weights, self.precision, self.tf32 = weights, precision or "bf16", bool(int(tf32))
+        self.dtype = F32 if precision == "fp32" else BF16
         self.gpu = Gpu()
         if self.dtype == BF16 and self.gpu.capability < (8, 0):
             raise ValueError(f"{self.gpu.name} does not compute with bfloat16\n---> HINT: --precision fp32")

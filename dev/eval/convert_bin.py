@@ -19,7 +19,7 @@ import numpy as np
 
 from dev.data.command_line import run, show
 from dev.run.config import model_header
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, read_header
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, read_header, to_bfloat16
 from dev.run.vocabulary import beside
 from train_gpt2 import Tensors, model_config, parameter_table
 
@@ -33,9 +33,7 @@ def from_float32(x, dtype):
     """An array as it is stored: float32, or bfloat16 as the uint16 of its bits, since NumPy has no such type."""
     if dtype == "fp32":
         return np.asarray(x, "<f4")
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # the carry goes into the exponent, as it should
-    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype("<u2")
+    return to_bfloat16(x)
 
 
 def as_float32(x):

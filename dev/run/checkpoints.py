@@ -17,8 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from dev.run.config import model_header
-from dev.run.engine import Engine
-from dev.run.files import HEADER_BYTES, STATE_MAGIC, new_header, read_header, sync_folder, write_file
+from dev.run.engine import NO_LAYERS, Engine
+from dev.run.files import (
+    HEADER_BYTES,
+    MODEL_MAGIC,
+    STATE_MAGIC,
+    new_header,
+    read_header,
+    sync_folder,
+    to_bfloat16,
+    write_file,
+)
 from dev.run.schedule import Outliers
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
@@ -76,22 +85,33 @@ def newest_checkpoint(folder):
     return steps[-1], paths[0]
 
 
-def write_model(path, engine):
-    """Write an engine's parameters as a version 3 checkpoint. What was at `path` stays until the new one is there."""
-    write_file(path, model_header(engine.config, 3), engine.host("params").memory)
+def write_model(path, engine, version=3):
+    """Write an engine's parameters, in version 5 rounded to bfloat16. What was at `path` stays until the new one is
+    there."""
+    memory = engine.host("params").memory
+    write_file(path, model_header(engine.config, version), memory if version == 3 else to_bfloat16(memory))
 
 
-def write_run_checkpoint(folder, run):
-    """Write all that a run needs to go on."""
+def pieces_of(engine):
+    """[(tensor, its pieces that this process updates)] for all parameters: the pieces lie in files as the moments do"""
+    params, pieces = engine.host("params"), engine.processes.pieces
+    tensors = [getattr(params, name)[None] if name in NO_LAYERS else getattr(params, name) for name, _ in engine.table]
+    return [(tensor, pieces(tensor)) for tensor in tensors]
+
+
+def write_run_checkpoint(folder, run, master=0):
+    """Write all that a run needs to go on. master: 1 = its float32 weights are in the state files, as llm.c's are, and
+    the model's file holds what products read."""
     engine, state, processes = run.engine, run.loader.state(), run.engine.processes
     done, model_path, state_path, run_path = checkpoint_files(folder, run.step, processes.rank)
     if processes.rank == 0:
-        write_model(model_path, engine)
-    header = new_header(STATE_MAGIC, 1, processes.size, processes.rank, 0, "generator" in state)  # 0: without weights
+        write_model(model_path, engine, 5 if master and engine.precision == "bf16" else 3)
+    header = new_header(STATE_MAGIC, 1, processes.size, processes.rank, master, "generator" in state)
     header[10] = run.step
     header[20:24].view(np.uint64)[:] = run.sampler.state if run.coins is None else run.coins
     header[30:34].view(np.uint64)[:] = state["shard_index"], state["sample_index"]
-    write_file(state_path, header, engine.host("m").memory, engine.host("v").memory, *pack_order(state))
+    weights = [piece for _, pieces in pieces_of(engine) for piece in pieces] if master else []
+    write_file(state_path, header, engine.host("m").memory, engine.host("v").memory, *weights, *pack_order(state))
     more = {"tokens_per_batch": run.loader.B * run.loader.T, "shard_tokens": run.loader.shard_tokens,
             "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage,
             "model": run.model}
@@ -155,15 +175,17 @@ def read_run_checkpoint(folder, step, run):
     state_path = choose_state(folder, step, stage, processes)
     with open(state_path, "rb") as file:
         header = read_header(file, state_path, STATE_MAGIC, (1,))
-        rest = os.path.getsize(state_path) - HEADER_BYTES - 8 * engine.host("m").memory.size
-        rest -= 4 * engine.num_parameters if header[4] else 0
+        rest = os.path.getsize(state_path) - HEADER_BYTES - (12 if header[4] else 8) * engine.host("m").memory.size
         if header[10] != step or rest < 0:
             raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes; it has "
                              f"{max(0, -rest)} bytes too few for {engine.num_parameters:,} parameters\n{fit}")
         engine.load("m", file)
         engine.load("v", file)
-        if header[4]:  # llm.c's float32 weights, where the model's file may hold bfloat16
-            engine.load("params", file)
+        if header[4]:  # float32 weights, where the model's file may hold bfloat16
+            load_weights(engine, file)
+        elif model_version(model_path) == 5:
+            raise ValueError(f"{model_path} holds weights rounded to bfloat16, and {state_path} no float32 ones: a run "
+                             f"cannot go on from them as it was\n---> HINT: -e {model_path} begins another one")
         order = file.read()
     if found != data:
         raise ValueError(f"{run_path}: the run had {found[0]} tokens in a batch and shards of {found[1]} tokens; "
@@ -181,6 +203,23 @@ def read_run_checkpoint(folder, step, run):
         window.extend(old)
     run.model = more.get("model", run.model)
     run.step, run.resumed = step, (step, "coins" not in more)
+
+
+def load_weights(engine, file):
+    """Replace the parameters by the float32 ones that come next in a state file: all, or this process's pieces."""
+    if not engine.processes.zero_stage:
+        engine.load("params", file)
+        return
+    for tensor, pieces in pieces_of(engine):
+        for piece in pieces:
+            file.readinto(piece.view(np.uint8))
+        engine.processes.gather(tensor)
+    engine.processes.wait()
+
+
+def model_version(path):
+    with open(path, "rb") as file:
+        return read_header(file, path, MODEL_MAGIC, (3, 5))[1]
 
 
 def require_sound(run, where, hint):
@@ -216,7 +255,7 @@ def save(flags, run):
         # the checkpoint's lines, before it; a log that cannot be written does not keep us from it
         with contextlib.suppress(OSError), open(os.path.join(flags.output_dir, "main.log"), "a") as log:
             os.fsync(log.fileno())
-    write_run_checkpoint(flags.output_dir, run)
+    write_run_checkpoint(flags.output_dir, run, flags.master_weights)
     if first:
         remove_old_checkpoints(flags.output_dir, flags.checkpoints_keep, flags.major_checkpoint_every)
     return time.perf_counter() - start

@@ -51,6 +51,8 @@ class Tensors:
 class Engine:
     """What every engine has and does. The order of calls is checked here, where there is only one of it."""
 
+    precision = "fp32"  # or bf16: what products read, and so what a model's file may hold
+
     def __init__(self, config, table, processes=ALONE):
         self.config, self.table, self.processes = config, table, processes
         self.num_parameters = size_of(table)

@@ -44,6 +44,18 @@ def check_size(path, expected):
                          f"implies {expected:,}\n---> HINT: fetch or write it again")
 
 
+def to_bfloat16(x):
+    """float32 numbers, rounded to the nearest bfloat16, ties to even: the uint16 of its bits, since NumPy has no such
+    type"""
+    out = np.empty(np.shape(x), "<u2")
+    pieces = 1 + (out.size >> 22)  # of 16 MB, since a model's weights may be half of the memory
+    for rounded, part in zip(*(np.array_split(flat, pieces) for flat in (out.reshape(-1), np.reshape(x, -1)))):
+        bits = np.ascontiguousarray(part, np.float32).view(np.uint32)
+        rounded[:] = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # the carry goes into the exponent
+        rounded[np.isnan(part)] = 0x7FC0
+    return out
+
+
 class NewFile:
     """
     A binary file that is written under a temporary name, path.tmp, and gets its own, for good, when it is complete.

@@ -42,6 +42,8 @@ def parse_flags(argv):
     flag("-nk --checkpoints_keep", 0, "keep the newest so many, 0 = all")
     flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
     flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
+    flag("-w --master_weights", None, "1: state files have the float32 weights, as llm.c's, and the model's file what "
+         "products read (default: 0, on a GPU 1)", int, choices=(0, 1))
     flag("--overwrite", 0, "1: begin anew in a folder -o that holds a run, and remove that", choices=(0, 1))
     # batch
     flag("-b --batch_size", 4, "sequences in a micro-batch", least=1)
@@ -86,11 +88,13 @@ def parse_flags(argv):
     # several processes
     flag("-pn --num_processes", launched(), "processes, which mpirun or srun starts", least=1)
     flag("-z --zero_stage", 0, "1: processes share AdamW's moments out", choices=(0, 1))
-    ignored = ["-w", "-ge", "-lg", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
+    ignored = ["-ge", "-lg", "-pr", "-pg", "-pm", "-pi", "-pf", "-ps", "-pp"]
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     flags.options = {name: getattr(flags, name) for name in OPTIONS[flags.device] if getattr(flags, name) is not None}
+    if flags.master_weights is None:
+        flags.master_weights = int(flags.device == "cuda")
     others = [(name, short) for device, names in OPTIONS.items() if device != flags.device
               for name, short in names.items()]
     flags.ignored = [short for name, short in others if getattr(flags, name) is not None]

@@ -3,6 +3,7 @@ What dev/engine/cuda.py does around its kernels, on a GPU of NumPy (numpy_gpu.py
 CPUs, from every path through it. The kernels themselves: test_cuda.py.
 """
 import io
+import re
 
 import numpy as np
 import numpy_gpu
@@ -21,6 +22,15 @@ def several_chunks(monkeypatch):
     """The classifier goes over several chunks of rows."""
     cuda = pytest.importorskip("dev.engine.cuda", exc_type=(ImportError, ValueError))
     monkeypatch.setattr(cuda, "CLASSIFIER_ROWS", 32)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """--device cuda runs on the GPU of NumPy."""
+    numpy_gpu.engine(SMALL, t.parameter_table(SMALL), weights(SMALL))  # skips where packages are missing
+    from dev.engine import cuda
+    monkeypatch.setattr(cuda, "Gpu", numpy_gpu.Gpu)
+    monkeypatch.setattr(cuda, "Products", numpy_gpu.Products)
 
 
 def weights(config):
@@ -142,6 +152,19 @@ def test_a_checkpoint_moves_between_engines():
     inputs, targets = batch(SMALL, 2, 8, seed=4)
     expected = float(cpu.forward(inputs, targets, train=False))
     assert float(ours.forward(inputs, targets, train=False)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_run_goes_on_here_and_there(really_train, out, fake_gpu):
+    """From a GPU to a CPU and back, killed twice, with float32 weights in the state: as if it had stayed on a CPU"""
+    text, cpu, gpu = "-x {} -n 2 -v 2 -s 2 -g 3 -l 1e-3 -y 1 -w 1", "--precision fp32", "--device cuda --attention own"
+    printed = really_train(f"{text.format(6)} {cpu} -o {out}_cpu")
+    expected = re.findall(r"(?:val loss|train loss) (\S+)", printed)
+    found = [really_train(f"{text.format(steps)} {device}")
+             for steps, device in ((2, gpu), (4, cpu), (6, gpu))]
+    losses = [loss for run in found for loss in re.findall(r"(?:val loss|train loss) (\S+)", run)]
+    assert np.float64(losses) == pytest.approx(np.float64(expected), rel=5e-3)
+    versions = [np.fromfile(out / f"model_{step:08d}.bin", np.int32, 2)[1] for step in (2, 4, 6)]
+    assert versions == [5, 3, 5]
 
 
 def test_a_full_card_says_what_fits():

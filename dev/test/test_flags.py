@@ -15,7 +15,7 @@ def test_arguments_of_llmc():
 
 
 def test_ignored_flags_are_named_once(train):
-    ignored = "-f 1 -w 1 -ge 1 -lg 10 -pr 0 -pg 8 -pm mpi -pi . -pf . -ps ."
+    ignored = "-f 1 -ge 1 -lg 10 -pr 0 -pg 8 -pm mpi -pi . -pf . -ps ."
     printed = train(f"-x 1 {ignored}")
     assert printed.count("ignored") == 1
     line = next(line for line in printed.splitlines() if line.startswith("ignored"))

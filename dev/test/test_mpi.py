@@ -201,7 +201,7 @@ def tensors(config=(64, 384, 2, 32)):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shared_moments(run, tmp_path, processes):
     """-z 1: the same run, and state files with slice r of each layer's tensor, as llm.c writes them"""
-    text = f"-x {STEPS} -n {STEPS} --grad_clip 1 -c 0.1 -d {processes * B * T}"
+    text = f"-w 1 -x {STEPS} -n {STEPS} --grad_clip 1 -c 0.1 -d {processes * B * T}"
     whole = run(processes, f"{text} -z 0 -o {tmp_path / '0'}")
     shared = run(processes, f"{text} -z 1 -o {tmp_path / '1'}")
     assert losses(shared) == pytest.approx(losses(whole), rel=1e-6)
@@ -212,9 +212,9 @@ def test_shared_moments(run, tmp_path, processes):
         name = f"state_{STEPS:08d}_{rank:05d}.bin"
         zero, one = (f[name] for f in files)
         header = np.frombuffer(one[:1024], "<i4")
-        assert (header[:6] == [20240527, 1, processes, rank, 0, 1]).all() and header[10] == STEPS
+        assert (header[:6] == [20240527, 1, processes, rank, 1, 1]).all() and header[10] == STEPS
         expected, start = [], 0
-        for moment in np.frombuffer(zero[1024:1024 + 8 * PARAMETERS], "<f4").reshape(2, PARAMETERS):
+        for moment in np.frombuffer(zero[1024:1024 + 12 * PARAMETERS], "<f4").reshape(3, PARAMETERS):  # and weights
             start = 0
             for layers, size in tensors():
                 for _ in range(layers):
@@ -223,7 +223,8 @@ def test_shared_moments(run, tmp_path, processes):
                     start += size
             assert start == PARAMETERS
         expected = np.concatenate(expected).tobytes()
-        assert one[1024:1024 + len(expected)] == expected and one[1024 + len(expected):] == zero[1024 + 8 * PARAMETERS:]
+        assert one[1024:1024 + len(expected)] == expected
+        assert one[1024 + len(expected):] == zero[1024 + 12 * PARAMETERS:]
 
 
 def test_processes_that_cannot_share(run):
@@ -231,7 +232,7 @@ def test_processes_that_cannot_share(run):
     assert "divides 32 channels: 2, 4, 8, 16, 32; there are 3" in error and error.count("error:") == 1
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, "1 -w 1 --precision bf16"])  # the last: weights are in pieces, too
 def test_killed_run_goes_on(run, tmp_path, stage):
     text = f"-x 9 -n 3 -v 4 -s 4 -g 3 -z {stage} -d {4 * B * T} -o"
     run(2, f"{text} {tmp_path / 'whole'}")

@@ -1,4 +1,5 @@
 """llm.c's state file, byte by byte: what we write, and runs of llm.c that go on here."""
+import itertools
 import re
 import shutil
 import struct
@@ -7,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from formulas import Order
-from runs import SAMPLES, SHARDS, N
+from runs import SAMPLES, SHARDS, N, contents
 
 from dev.run import checkpoints
 from dev.run.text import Sampler
-from train_gpt2 import GPT2, DataLoader
+from train_gpt2 import GPT2, DataLoader, build
 
 
 def pack(order):
@@ -81,6 +82,67 @@ def llmc_checkpoint(folder, step, order, model_file, m, v, master=None):
     state += m.tobytes() + v.tobytes() + (b"" if master is None else master.tobytes()) + (pack(order) if order else b"")
     (folder / f"state_{step:08d}_00000.bin").write_bytes(state)
     (folder / f"DONE_{step:08d}").touch()
+
+
+def llmc_resumes(folder, step, build, master):
+    """What llm.c's trainer takes from a checkpoint with -y 1 -w `master` if it was built for fp32 or bf16: its weights,
+    m, v, and the order of batches; None where it gives up. By load_state() and
+    gpt2_build_from_checkpoint() in its train_gpt2.cu"""
+    model = (folder / f"model_{step:08d}.bin").read_bytes()
+    magic, version, maxT, V, L, NH, C, Vp = struct.unpack("<8i", model[:32])
+    assert (magic, maxT, V, L, NH, C, Vp) == (20240326, 64, 300, 2, 2, 32, 384) and not any(model[32:1024])
+    assert len(model) == 1024 + N * {3: 4, 5: 2}[version]
+    state = (folder / f"state_{step:08d}_00000.bin").read_bytes()
+    assert struct.unpack("<4i", state[:16]) == (20240527, 1, 1, 0) and struct.unpack("<i", state[40:44]) == (step,)
+    kept, shuffled = struct.unpack("<2i", state[16:24])
+    if master != kept or not shuffled or not master and version != {"fp32": 3, "bf16": 5}[build]:
+        return None
+    end = 1024 + (12 if kept else 8) * N
+    m, v, *weights = np.frombuffer(state[1024:end], "<f4").reshape(-1, N)
+    return weights[0] if kept else np.frombuffer(model[1024:], "<f4"), m, v, state[end:]
+
+
+@pytest.mark.parametrize("precision, master, resumes", [
+    ("fp32", 0, {("fp32", 0)}), ("bf16", 0, {("fp32", 0)}),
+    ("fp32", 1, {("fp32", 1), ("bf16", 1)}), ("bf16", 1, {("fp32", 1), ("bf16", 1)})])
+def test_llmc_goes_on_with_a_run_of_ours(really_train, out, tiny, shards, precision, master, resumes):
+    really_train(f"-x 5 -n 5 --precision {precision} -w {master}")
+    loader, ours = DataLoader(shards, 2, 8, should_shuffle=True), build(tiny, precision=precision)
+    order = Order(SAMPLES)
+    for step in range(5):
+        order.draw()
+        ours.forward(*loader.next_batch())
+        ours.backward()
+        ours.update(step, 1e-2)
+    arrays = [ours.host(what).memory for what in ("params", "m", "v")]
+    for build_of, w in itertools.product(("fp32", "bf16"), (0, 1)):
+        found = llmc_resumes(out, 5, build_of, w)
+        assert (found is not None) == ((build_of, w) in resumes)
+        if found:
+            assert all((x == y).all() for x, y in zip(found, arrays)) and found[3] == pack(order)
+    model = (out / "model_00000005.bin").read_bytes()
+    assert struct.unpack("<2i", model[:8])[1] == (5 if precision == "bf16" and master else 3)
+    if precision == "bf16" and master:  # between the two neighbours that are a bfloat16 nearest to it
+        read = (np.frombuffer(model[1024:], "<u2").astype(np.uint32) << 16).view("<f4").astype(np.float64)
+        assert (abs(read - arrays[0]) <= abs(arrays[0]) * 2.0**-8).all() and len(set(read)) < len(set(arrays[0]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_with_master_weights_goes_on(really_train, out, precision):
+    whole = out.with_name("whole")
+    really_train(f"-x 6 -n 6 --precision {precision} -w 1 -o {whole}")
+    really_train(f"-x 3 -n 3 --precision {precision} -w 1")
+    really_train(f"-x 6 -n 6 --precision {precision} -w 1 -y 1")
+    left, expected = contents(out), contents(whole)
+    assert all(left[name] == expected[name] for name in expected)
+
+
+def test_bfloat16_weights_alone_are_no_checkpoint(really_train, out, tiny):
+    zeros = np.zeros(N, np.float32)
+    llmc_checkpoint(out, 3, None, tiny.replace(".bin", "_bf16.bin"), zeros, zeros)
+    before = contents(out)
+    printed = really_train("-x 5 -a 1 -y 1 -n 5", status=1)
+    assert "rounded to bfloat16" in printed and "---> HINT: -e " in printed and contents(out) == before
 
 
 @pytest.mark.parametrize("step", [1, 24, 33, 34, 623])
