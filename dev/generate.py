@@ -4,6 +4,7 @@ Lets a model write: text appears as it is drawn, token by token.
     python -m dev.generate                                                 GPT-2 124M, beginning with anything
     python -m dev.generate --prompt "The meaning of life is" --samples 3 --top_k 40
     python -m dev.generate -e out/model_00005000.bin --temperature 0.8     a checkpoint of a run
+    python -m dev.generate --device cuda --samples 100                     on an NVIDIA GPU
     head -c 2000 story.txt | python -m dev.generate --prompt -             goes on with standard input
 
 Runs in the project's folder. The texts go to standard output, everything else to standard error.
@@ -20,6 +21,7 @@ import sys
 import time
 
 from dev.run.console import lose, open_console, say
+from dev.run.flags import add_device
 from dev.run.text import Sampler, Tokenizer, encode, generate
 from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import build
@@ -30,6 +32,7 @@ def parse_flags(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint, or a descriptor: d6, d12 …")
+    add_device(parser)
     flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
     flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")
     flag("--samples", type=int, default=1, help="how many texts are written")
@@ -59,7 +62,7 @@ def write_sample(tokenizer, tokens, end):
 
 def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
-    engine = build(flags.model)
+    engine = build(flags.model, flags.device, flags.precision)
     config, own = engine.config, own_vocabulary(flags.model)
     tokenizer = own or Tokenizer()
     if own and own.tokens is None:

@@ -8,6 +8,7 @@ import argparse
 import os
 
 from dev.data.command_line import Progress, say
+from dev.run.flags import add_device
 from dev.run.multiple_choice import accuracy, read_examples, score
 from train_gpt2 import build
 
@@ -16,6 +17,7 @@ def main(name, path):
     """name: of the set and, in lower case, of the script in dev/data that writes it; path: where that puts it"""
     parser = argparse.ArgumentParser(description=f"The accuracy of a checkpoint on {name}")
     parser.add_argument("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("-i", "--input", default=path, help="the evaluation set (default: %(default)s)")
     parser.add_argument("-n", "--limit", type=int, default=0, help="score the first so many examples (default: all)")
     args = parser.parse_args()
@@ -27,7 +29,7 @@ def main(name, path):
     examples = read_examples(args.input)[:args.limit or None]
     if not examples:
         raise ValueError(f"{args.input} has no examples\n{hint}")
-    engine = build(args.model)
+    engine = build(args.model, args.device, args.precision)
     maxT, count, progress = engine.config.max_seq_len, len(examples), Progress(name)
     if cut := sum(len(context) + max(map(len, completions)) > maxT + 1 for context, completions, _ in examples):
         print(f"{cut} examples have more than {maxT} tokens: the model does not see the beginning of their context")

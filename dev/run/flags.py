@@ -11,6 +11,13 @@ from dev.run.processes import launched
 OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
 
 
+def add_device(parser):
+    """The flags by which every program chooses an engine"""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="what computes")
+    parser.add_argument("--precision", choices=("fp32", "bf16"),
+                        help="what products read; default: fp32, on a GPU bf16")
+
+
 def explain(parser, error, message):
     """argparse's error, but for a bare -h, by which most programs mean help"""
     if message.startswith("argument -h/") and "expected one argument" in message:
@@ -79,8 +86,7 @@ def parse_flags(argv):
     flag("-h --hellaswag_eval", 0, "1: HellaSwag's accuracy with every validation", choices=(0, 1))
     flag("--eval_examples", 0, "only the first so many examples of HellaSwag, 0 = all")
     # the machine
-    flag("--device", "cpu", "what computes", choices=("cpu", "cuda"))
-    flag("--precision", None, "what products read; default: fp32, on a GPU bf16", str, choices=("fp32", "bf16"))
+    add_device(parser)
     flag("--matmul", None, "on a CPU: products by our kernels or NumPy's BLAS", str, choices=("auto", "numba", "blas"))
     flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
     flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))

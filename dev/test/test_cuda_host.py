@@ -12,6 +12,9 @@ from formulas import close
 from models import batch, tensors
 
 import train_gpt2 as t
+from dev import generate
+from dev.data.shards import write_evalfile
+from dev.eval import multiple_choice
 
 SMALL = t.GPT2Config(200, 37, 128, 2, 2, 32)  # maxT, V, Vp, L, NH, C
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
@@ -165,6 +168,25 @@ def test_a_run_goes_on_here_and_there(really_train, out, fake_gpu):
     assert np.float64(losses) == pytest.approx(np.float64(expected), rel=5e-3)
     versions = [np.fromfile(out / f"model_{step:08d}.bin", np.int32, 2)[1] for step in (2, 4, 6)]
     assert versions == [5, 3, 5]
+
+
+def test_text_and_evaluation(tiny, tmp_path, rng, fake_gpu, monkeypatch, capsys):
+    """dev/generate.py and dev/eval: what they print is the same with --device cuda."""
+    monkeypatch.setattr(t, "load_kernels", lambda *args: None)
+    examples = [(tokens[:30].tolist(), tokens[30:].reshape(4, -1).tolist(), 0)
+                for tokens in rng.integers(0, 300, (20, 50))]
+    write_evalfile(tmp_path / "set.bin", examples)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    def printed(*flags):
+        generate.main(["-e", tiny, "-n", "90", "--past_end", "--samples", "2", *flags])  # more than the 64 positions
+        monkeypatch.setattr("sys.argv", ["mmlu.py", "-e", tiny, "-i", str(tmp_path / "set.bin"), *flags])
+        multiple_choice.main("MMLU", "")
+        out, errors = capsys.readouterr()
+        assert "180 tokens in" in errors and "standard error" in out
+        return [line for line in out.splitlines() if not line.startswith("kernels: ")]
+    assert printed("--device", "cuda", "--precision", "fp32") == printed()
 
 
 def test_a_full_card_says_what_fits():
