@@ -9,9 +9,12 @@ piece the first time in the ordinary way, the second time recorded as a CUDA gra
 import functools
 import importlib.util
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
+
+BEGIN = time.perf_counter()
 
 
 def installed(name):
@@ -33,6 +36,7 @@ from dev.engine.gpu import Buffer, Gpu, Views, bytes_of, place  # noqa: E402
 from dev.run.engine import DECAYED, Engine, Tensors, aligned  # noqa: E402
 from dev.run.processes import ALONE  # noqa: E402
 
+IMPORTS = time.perf_counter() - BEGIN
 F32, BF16, I32 = k.F32, k.BF16, np.dtype(np.int32)
 CLASSIFIER_ROWS = 1 << 15  # rows whose logits exist at a time: 3.3 GB of bfloat16
 EVALUATED = 64             # sequences that are only evaluated are filled up to a multiple of so many tokens
@@ -140,11 +144,13 @@ class GPT2(Engine):
                              f"GPU\n---> HINT: at most {positions} do")
         self.weights, self.precision, self.tf32 = weights, precision or "bf16", bool(int(tf32))
         self.dtype = F32 if precision == "fp32" else BF16
+        start = time.perf_counter()
         self.gpu = Gpu()
         if self.dtype == BF16 and self.gpu.capability < (8, 0):
             raise ValueError(f"{self.gpu.name} does not compute with bfloat16\n---> HINT: --precision fp32")
         self.attention_name = self.choose_attention(attention)
         self.products = Products(self.gpu, self.tf32)
+        self.gpu.spent.update({"imports": IMPORTS, "GPU and cuBLAS": time.perf_counter() - start})
         width = -(-C // 256) * 32
         self.block = width, min(8, 1024 // width)  # whole warps for a row's channels; rows
         self.memory, self.capacity, self.acts = None, 0, None
@@ -187,10 +193,11 @@ class GPT2(Engine):
     @functools.cached_property
     def tensors(self):
         """{what: Views} of the parameters: those that products read, and the float32 ones that checkpoints hold"""
-        master = self.new_tensors(F32)
+        start, master = time.perf_counter(), self.new_tensors(F32)
         host = Tensors(aligned(self.num_parameters), self.table)
         self.weights(host)
         self.gpu.send(master.memory, host.memory)
+        self.gpu.spent["weights"] += time.perf_counter() - start
         read = master if self.dtype == F32 else self.new_tensors(BF16)
         tensors = {"params": master, "read": read}
         self.round(tensors)
@@ -269,7 +276,7 @@ class GPT2(Engine):
         self.check_order("prepare")
         self.check_shape(B, T)
         self.require_memory(B, T, recompute, train)
-        self.recompute = recompute
+        self.recompute, start, before = recompute, time.perf_counter(), self.gpu.spent.total()
         plan = self.memory_plan(B, T, recompute, train)
         self.num_activations = sum(math.prod(shape) for _, shape, _ in self.activation_table(B, T, recompute, train))
         self.activations(B, T, train)
@@ -280,6 +287,11 @@ class GPT2(Engine):
                 self.backward()
                 self.forget()
         self.gpu.synchronize()
+        spent = self.gpu.spent
+        spent["first passes"] += time.perf_counter() - start - (spent.total() - before)
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent.items() if seconds >= 0.05)
+        self.processes.print(f"GPU: ready after {spent.total():.1f} s" + (f": {parts}" if parts else ""))
+        spent.clear()
         return plan
 
     def activations(self, B, T, train):
@@ -302,8 +314,10 @@ class GPT2(Engine):
                 squares = [getattr(acts, name) for name, _ in squares_of(self.dtype)]
                 acts.attention = Attention(self.gpu, self.products, self.config.num_heads, T, hs, squares)
             else:
+                start = time.perf_counter()
                 from dev.engine import cudnn_attention
                 acts.attention = cudnn_attention.Attention(self.gpu, B, self.config.num_heads, T, hs, train)
+                self.gpu.spent["attention's plans"] += time.perf_counter() - start
             self.plans[key] = acts
         self.acts = self.plans[key]
         return self.acts

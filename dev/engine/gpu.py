@@ -8,6 +8,9 @@ import contextlib
 import ctypes
 import inspect
 import math
+import os
+import time
+from collections import Counter
 
 import numba
 import numpy as np
@@ -16,6 +19,7 @@ from numba import cuda
 
 numba.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # sums over few blocks are meant to be small
 
+TRACED = 4096  # pieces of work that are timed before their times are read: each has two events
 PIECE = 16 << 20  # bytes of a piece of pinned memory, of which there are two
 TO_DEVICE, TO_HOST = rt.cudaMemcpyKind.cudaMemcpyHostToDevice, rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
@@ -28,6 +32,14 @@ def check(result):
         raise OSError(f"the GPU failed: {name}: {text}\n---> HINT: nvidia-smi shows the state of the card and of its "
                       "driver; -y 1 goes on from the last checkpoint")
     return values[0] if len(values) == 1 else values
+
+
+def ranges():
+    """What makes a context of a name: one that Nsight shows as a range, where it watches this process"""
+    if not {"NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID"} & set(os.environ):
+        return contextlib.nullcontext
+    import nvtx
+    return nvtx.annotate
 
 
 class Buffer:
@@ -104,7 +116,8 @@ class Gpu:
         self.stream = check(rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
         self.numba_stream = cuda.external_stream(int(self.stream))
         self.pinned, self.events, self.turn = [self.pinned_memory(PIECE) for _ in range(2)], [None, None], 0
-        self.graphs, self.seen, self.trace = {}, set(), None
+        self.graphs, self.seen, self.trace, self.record = {}, set(), None, None
+        self.range, self.spent = ranges(), Counter()  # spent: seconds of the start, by what took them
 
     # memory
 
@@ -175,7 +188,10 @@ class Gpu:
         arrays = (x.array if isinstance(x, Buffer) else x for x in args)
         launcher = kernel[grid, block, self.numba_stream, shared]
         if self.trace is None:
+            start, compiled = time.perf_counter(), len(kernel.overloads)
             launcher(*arrays)
+            if len(kernel.overloads) > compiled:  # or loaded from the cache
+                self.spent["kernels"] += time.perf_counter() - start
         else:
             names = kernel.py_func.__code__.co_varnames
             self.timed(kernel.py_func.__name__, dict(zip(names, args)), lambda: launcher(*arrays))
@@ -190,25 +206,32 @@ class Gpu:
 
     def timed(self, name, arguments, work):
         begin, end = (check(rt.cudaEventCreate()) for _ in range(2))
-        check(rt.cudaEventRecord(begin, self.stream))
-        work()
-        check(rt.cudaEventRecord(end, self.stream))
+        with self.range(name):
+            check(rt.cudaEventRecord(begin, self.stream))
+            work()
+            check(rt.cudaEventRecord(end, self.stream))
         self.trace.append((name, arguments, begin, end))
+        if len(self.trace) >= TRACED:
+            self.read_times()
 
     @contextlib.contextmanager
     def timing(self, record):
         """A context without graphs, in which record(name, arguments by name, seconds) is called for all that is queued:
-        at its end, since no time is known before."""
-        self.trace = []
+        later, since no time is known before the work is done."""
+        self.trace, self.record = [], record
         try:
             yield
         finally:
-            self.synchronize()
-            trace, self.trace = self.trace, None
-            for name, arguments, begin, end in trace:
-                record(name, arguments, check(rt.cudaEventElapsedTime(begin, end)) / 1e3)
-                check(rt.cudaEventDestroy(begin))
-                check(rt.cudaEventDestroy(end))
+            self.read_times()
+            self.trace = None
+
+    def read_times(self):
+        self.synchronize()
+        for name, arguments, begin, end in self.trace:
+            self.record(name, arguments, check(rt.cudaEventElapsedTime(begin, end)) / 1e3)
+            check(rt.cudaEventDestroy(begin))
+            check(rt.cudaEventDestroy(end))
+        self.trace.clear()
 
     def milliseconds(self, work, repeats):
         """Milliseconds that a piece of work takes, from events around several"""
@@ -219,19 +242,23 @@ class Gpu:
             work()
         check(rt.cudaEventRecord(end, self.stream))
         check(rt.cudaEventSynchronize(end))
-        return check(rt.cudaEventElapsedTime(begin, end)) / repeats
+        milliseconds = check(rt.cudaEventElapsedTime(begin, end)) / repeats
+        check(rt.cudaEventDestroy(begin))
+        check(rt.cudaEventDestroy(end))
+        return milliseconds
 
     # graphs: what has been queued once in the ordinary way is recorded the second time, and replayed from then on
 
     def replay(self, key, work):
         """Queue a piece of work that is the same in every call with this key: same kernels, addresses and numbers."""
-        if self.trace is not None or key not in self.seen:
-            self.seen.add(key)
-            work()
-            return
-        if key not in self.graphs:
-            self.graphs[key] = self.capture(work)
-        check(rt.cudaGraphLaunch(self.graphs[key], self.stream))
+        with self.range(key if isinstance(key, str) else key[0]):
+            if self.trace is not None or key not in self.seen:
+                self.seen.add(key)
+                work()
+                return
+            if key not in self.graphs:
+                self.graphs[key] = self.capture(work)
+            check(rt.cudaGraphLaunch(self.graphs[key], self.stream))
 
     def capture(self, work):
         """What a piece of work queues, as a graph"""

@@ -8,6 +8,8 @@ from numba import prange
 
 from dev.run.compiling import cached, load_kernels
 
+CHUNK = 1 << 20  # numbers that are drawn at a time: memory for all of wte at once took half as long again
+
 
 @cached(parallel=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def box_muller(out, u, std):
@@ -26,7 +28,9 @@ def fill_normal(out, std, random):
         bits = random.randint(0, 2**32, n, np.uint32) & np.uint32(0xFFFFFF)
         return bits.astype(np.float32) * np.float32(2**-24)
     std = np.float32(std)
-    box_muller(out, uniforms(out.size), std)
+    for start in range(0, out.size, CHUNK):
+        part = out[start:start + CHUNK]
+        box_muller(part, uniforms(part.size), std)
     if out.size % 16:  # the last 16 are drawn anew
         box_muller(out[-16:], uniforms(16), std)
 

@@ -7,6 +7,7 @@ the addresses and numbers of that time, and without copies to or from the host.
 """
 import contextlib
 import ctypes
+from collections import Counter
 from unittest import mock
 
 import formulas
@@ -58,7 +59,7 @@ class Gpu:
 
     def __init__(self):
         self.memories, self.free_bytes = {}, 1 << 30
-        self.seen, self.graphs, self.trace, self.recording = set(), {}, None, None
+        self.seen, self.graphs, self.trace, self.recording, self.spent = set(), {}, None, None, Counter()
 
     # memory
 

@@ -2,8 +2,11 @@
 What dev/engine/cuda.py does around its kernels, on a GPU of NumPy (numpy_gpu.py): the same numbers as the engine for
 CPUs, from every path through it. The kernels themselves: test_cuda.py.
 """
+import contextlib
 import io
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import numpy_gpu
@@ -185,7 +188,7 @@ def test_text_and_evaluation(tiny, tmp_path, rng, fake_gpu, monkeypatch, capsys)
         multiple_choice.main("MMLU", "")
         out, errors = capsys.readouterr()
         assert "180 tokens in" in errors and "standard error" in out
-        return [line for line in out.splitlines() if not line.startswith("kernels: ")]
+        return [line for line in out.splitlines() if not line.startswith(("kernels: ", "GPU: "))]
     assert printed("--device", "cuda", "--precision", "fp32") == printed()
 
 
@@ -232,6 +235,109 @@ def test_runs_side_by_side_keep_each_others_choices(tmp_path):
     assert Choices(path, "H200").get("a") is None
     (tmp_path / "choices.json").write_text("[1, ")
     assert Choices(path, "H100").get("a") is None
+
+
+def test_the_fastest_product_is_chosen():
+    """of those that are not hopeless, the first where another is hardly faster; long ones are not run often"""
+    pytest.importorskip("nvmath.bindings", reason="dev/engine/requirements.txt is not installed", exc_type=ImportError)
+    pytest.importorskip("numba_cuda", reason="dev/engine/requirements.txt is not installed")
+    from dev.engine.cublaslt import Products
+
+    def chosen(*ms):
+        runs = [0] * len(ms)
+
+        def measure(i, repeats):
+            runs[i] += repeats
+            return ms[i]
+        return Products.fastest(range(len(ms)), measure), runs
+    assert chosen(1.0, 0.99, 0.985)[0] == 0 and chosen(1.0, 0.99, 0.97)[0] == 2 and chosen(1.0)[0] == 0
+    assert chosen(0.1, 0.2, 0.05)[1] == [21, 1, 21]
+    assert sum(n * ms for n, ms in zip(chosen(7.0, 6.5, 6.6, 9.0)[1], (7.0, 6.5, 6.6, 9.0))) < 80
+
+
+class Runtime:
+    """What of cuda.bindings.runtime is needed to time work: a clock that goes on by 2 ms with every piece of it"""
+
+    def __init__(self):
+        self.clock, self.events, self.most = 0, {}, 0
+
+    def cudaEventCreate(self):
+        event = object()
+        self.events[event] = None
+        self.most = max(self.most, len(self.events))
+        return 0, event
+
+    def cudaEventRecord(self, event, stream):
+        self.events[event] = self.clock
+        return 0,
+
+    def cudaEventElapsedTime(self, begin, end):
+        return 0, self.events[end] - self.events[begin]
+
+    def cudaEventDestroy(self, event):
+        del self.events[event]
+        return 0,
+
+    def cudaStreamSynchronize(self, stream):
+        return 0,
+
+
+@pytest.fixture
+def bare_gpu(monkeypatch):
+    """A Gpu that has nothing but events, gpu.runtime"""
+    pytest.importorskip("cuda.bindings.runtime", reason="dev/engine/requirements.txt is not installed",
+                        exc_type=ImportError)
+    pytest.importorskip("numba_cuda", reason="dev/engine/requirements.txt is not installed")
+    from dev.engine import gpu
+    monkeypatch.setattr(gpu, "rt", Runtime())
+    bare = gpu.Gpu.__new__(gpu.Gpu)
+    bare.runtime, bare.stream, bare.trace, bare.seen, bare.graphs, bare.range = gpu.rt, 0, None, set(), {}, gpu.ranges()
+    return bare
+
+
+def test_a_profile_of_a_long_run(bare_gpu):
+    """Every piece of work is recorded with its seconds, and there are never many events."""
+    found, runtime = [], bare_gpu.runtime
+
+    def work(a, b):
+        runtime.clock += 2
+    with pytest.raises(RuntimeError), bare_gpu.timing(lambda *row: found.append(row)):
+        for n in range(10_001):
+            bare_gpu.call("work", work, n, b=1)
+        raise RuntimeError  # what was done until then is recorded
+    assert found == [("work", {"a": n, "b": 1}, 0.002) for n in range(10_001)]
+    assert not runtime.events and runtime.most < 10_000 and bare_gpu.trace is None
+
+
+def test_ranges_for_nsight(bare_gpu, monkeypatch):
+    """There are none unless it watches; then a step's parts have their names, with --profile 1 also every kernel."""
+    from dev.engine import gpu
+    assert "nvtx" not in sys.modules and gpu.ranges() is contextlib.nullcontext
+    said = []
+
+    @contextlib.contextmanager
+    def annotate(name):
+        said.append(f"{name} begins")
+        yield
+        said.append(f"{name} ends")
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate))
+    monkeypatch.setenv("NVTX_INJECTION64_PATH", "a library of Nsight's")
+    bare_gpu.range = gpu.ranges()
+    bare_gpu.replay(("forward", 4, 64), lambda: said.append("work"))
+    with bare_gpu.timing(lambda *row: None):
+        bare_gpu.replay("update", lambda: bare_gpu.call("adamw", lambda: said.append("work")))
+    assert said == ["forward begins", "work", "forward ends", "update begins", "adamw begins", "work", "adamw ends",
+                    "update ends"]
+
+
+def test_what_the_start_took(capsys):
+    ours = engines()[0]
+    ours.gpu.spent["kernels"] += 100
+    ours.prepare(2, 8)
+    line = capsys.readouterr().out
+    seconds, parts = re.fullmatch(r"GPU: ready after (\S+) s: (.*)\n", line).groups()
+    parts = dict(part.rsplit(" ", 1) for part in parts.split(", "))
+    assert float(parts["kernels"]) == 100 and sum(map(float, parts.values())) == pytest.approx(float(seconds), abs=0.5)
 
 
 @pytest.mark.parametrize("name, bf16", [

@@ -7,6 +7,7 @@ from formulas import F32, normal_numbers
 from models import ODD, tensors
 
 import train_gpt2 as t
+from dev.run import random_weights
 from dev.run.random_weights import fill_normal
 from train_gpt2 import GPT2, GPT2Config
 
@@ -17,8 +18,10 @@ def test_first_normal_numbers():
     np.testing.assert_allclose(out[:4], [0.0385382995, 0.0297456831, 0.0180143435, -0.0421104282], rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [16, 1 << 20])
 @pytest.mark.parametrize("n", [16, 17, 31, 48, 1003])
-def test_normal_numbers(n):
+def test_normal_numbers(n, chunk, monkeypatch):
+    monkeypatch.setattr(random_weights, "CHUNK", chunk)
     out, random, expected_random = np.empty(n, F32), np.random.RandomState(7), np.random.RandomState(7)
     fill_normal(out, 0.5, random)
     np.testing.assert_allclose(out, normal_numbers(expected_random, n, 0.5), rtol=1e-4, atol=1e-6)
