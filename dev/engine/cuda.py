@@ -39,6 +39,8 @@ from dev.run.processes import ALONE  # noqa: E402
 IMPORTS = time.perf_counter() - BEGIN
 F32, BF16, I32 = k.F32, k.BF16, np.dtype(np.int32)
 CLASSIFIER_ROWS = 1 << 15  # rows whose logits exist at a time: 3.3 GB of bfloat16
+STRIP = 512                # rows of our own attention's squares that products take at a time: a multiple of 8
+SQUARES = 32 << 20         # bytes of float32 squares at a time, if a head does not need more: the L2 cache has 50 MB
 EVALUATED = 64             # sequences that are only evaluated are filled up to a multiple of so many tokens
 SLOTS = 1024               # losses that may be on their way to the host
 SHARED = (48 << 10) - 256  # bytes of shared memory that attention_decode may ask for
@@ -67,30 +69,46 @@ class Loss:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention from batched products and a softmax, a sequence at a time: in float32, and where cuDNN has none
+# attention from batched products and a softmax, some heads at a time: in float32, and where cuDNN has none
 
-def squares_of(dtype):
-    """(name, dtype) of Attention's scratch memory"""
-    return ("scores", F32), ("dprobs", F32), ("probs", dtype), ("dscores", dtype)
+def heads_together(NH, T):
+    """How many heads' squares there are at a time: a divisor of NH"""
+    size = 4 * T * -(-T // 8) * 8
+    return max(n for n in range(1, NH + 1) if NH % n == 0 and (n == 1 or n * size <= SQUARES))
+
+
+def squares_table(NH, T, dtype):
+    """(name, shape, dtype) of Attention's scratch memory, the squares: scores and the probabilities' gradient in
+    float32, since a bfloat16 of -100 is off by a quarter; probabilities and the scores' gradient, as products read
+    them. In float32 these take the place of the first two."""
+    shape = heads_together(NH, T), T, -(-T // 8) * 8
+    names = [("scores", F32), ("dprobs", F32)] + [("probs", BF16), ("dscores", BF16)] * (dtype == BF16)
+    return [(name, shape, dtype) for name, dtype in names]
 
 
 class Attention:
-    """squares: four Buffers (NH, T, width) of scratch memory, where width is T up to a multiple of 8: scores and the
-    probabilities' gradient in float32, since a bfloat16 of -100 is off by a quarter; probabilities and the scores'
-    gradient as products read them."""
+    """squares: the Buffers of squares_table(). Products leave out what the causal mask hides, but for the corners of
+    strips of STRIP rows: of a row only what is left of its strip's end is computed, stored and read."""
 
     def __init__(self, gpu, products, NH, T, hs, squares):
-        self.gpu, self.products, self.NH, self.T, self.hs = gpu, products, NH, T, hs
-        self.squares, self.width = squares, squares[0].shape[-1]
-        self.scale = np.float32(1 / math.sqrt(hs))
+        self.gpu, self.multiply, self.NH, self.T, self.hs = gpu, products.batched, NH, T, hs
+        self.squares, self.width = squares if len(squares) == 4 else 2 * squares, squares[0].shape[-1]
+        self.heads, self.scale = squares[0].shape[0], np.float32(1 / math.sqrt(hs))
         self.threads = min(1024, -(-self.width // 256) * 32)
+        self.strip, self.strips = STRIP, [(begin, min(begin + STRIP, T)) for begin in range(0, T, STRIP)]
 
-    def matrices(self, b, packed, *plain):
-        """q, k, v of sequence b for all heads, then the parts of other arrays (B*T, C)"""
-        C, T, hs = self.NH * self.hs, self.T, self.hs
-        size = packed.dtype.itemsize
-        parts = [Matrix(packed.ptr + (b * T * 3 * C + n * C) * size, packed.dtype, 3 * C, hs) for n in range(3)]
-        return parts + [Matrix(x.ptr + b * T * C * size, x.dtype, C, hs) for x in plain]
+    def groups(self, lse):
+        """(sequence, first head, lse of these heads) for all heads that are together"""
+        for b in range(lse.shape[0]):
+            for h in range(0, self.NH, self.heads):
+                yield b, h, lse[b][h:h + self.heads]
+
+    def matrices(self, b, h, packed, *plain):
+        """q, k, v of sequence b for the heads from h, then the parts of other arrays (B*T, C)"""
+        C, first, size = self.NH * self.hs, b * self.T, packed.dtype.itemsize
+        parts = [Matrix(packed.ptr + (first * 3 * C + n * C + h * self.hs) * size, packed.dtype, 3 * C, self.hs)
+                 for n in range(3)]
+        return parts + [Matrix(x.ptr + (first * C + h * self.hs) * size, x.dtype, C, self.hs) for x in plain]
 
     def square(self, buffer):
         return Matrix(buffer.ptr, buffer.dtype, self.width, self.T * self.width)
@@ -98,28 +116,45 @@ class Attention:
     def free(self):
         """Its scratch memory is a part of the batch's."""
 
+    def rows_by_columns(self, square, left, right):
+        """square = left (T, hs) @ right (T, hs).T, strip by strip"""
+        for begin, end in self.strips:
+            sizes = end - begin, end, self.hs
+            self.multiply(square.at(begin), left.at(begin), right, sizes, (False, True), self.heads)
+
+    def rows_of(self, out, square, right):
+        """out (T, hs) = square @ right (T, hs), where square is 0 to the right of the diagonal"""
+        for begin, end in self.strips:
+            sizes = end - begin, self.hs, end
+            self.multiply(out.at(begin), square.at(begin), right, sizes, (False, False), self.heads)
+
+    def columns_of(self, out, square, right):
+        """out (T, hs) = square.T @ right (T, hs)"""
+        for begin, end in self.strips:
+            sizes = end - begin, self.hs, self.T - begin
+            self.multiply(out.at(begin), square.at(begin, begin), right.at(begin), sizes, (True, False), self.heads)
+
     def forward(self, out, lse, qkv):
-        NH, T, hs, multiply = self.NH, self.T, self.hs, self.products.batched
         scores, _, probs, _ = self.squares
-        for b in range(lse.shape[0]):
-            q, keys, v, y = self.matrices(b, qkv, out)
-            multiply(self.square(scores), q, keys, (T, T, hs), (False, True), NH)
-            self.gpu.launch(k.softmax_forward, NH * T, self.threads, probs, lse[b], scores, self.scale, T, self.width)
-            multiply(y, self.square(probs), v, (T, hs, T), (False, False), NH)
+        for b, h, sums in self.groups(lse):
+            q, keys, v, y = self.matrices(b, h, qkv, out)
+            self.rows_by_columns(self.square(scores), q, keys)
+            self.gpu.launch(k.softmax_forward, self.heads * self.T, self.threads, probs, sums, scores, self.scale,
+                            self.T, self.width, self.strip)
+            self.rows_of(y, self.square(probs), v)
 
     def backward(self, dqkv, dout, out, lse, qkv):
-        NH, T, hs, multiply = self.NH, self.T, self.hs, self.products.batched
         scores, dprobs, probs, dscores = self.squares
-        for b in range(lse.shape[0]):
-            q, keys, v, dy = self.matrices(b, qkv, dout)
-            dq, dkeys, dv = self.matrices(b, dqkv)
-            multiply(self.square(scores), q, keys, (T, T, hs), (False, True), NH)
-            multiply(self.square(dprobs), dy, v, (T, T, hs), (False, True), NH)
-            self.gpu.launch(k.softmax_backward, NH * T, self.threads, probs, dscores, scores, dprobs, lse[b],
-                            self.scale, T, self.width)
-            multiply(dv, self.square(probs), dy, (T, hs, T), (True, False), NH)
-            multiply(dq, self.square(dscores), keys, (T, hs, T), (False, False), NH)
-            multiply(dkeys, self.square(dscores), q, (T, hs, T), (True, False), NH)
+        for b, h, sums in self.groups(lse):
+            q, keys, v, dy = self.matrices(b, h, qkv, dout)
+            dq, dkeys, dv = self.matrices(b, h, dqkv)
+            self.rows_by_columns(self.square(scores), q, keys)
+            self.rows_by_columns(self.square(dprobs), dy, v)
+            self.gpu.launch(k.softmax_backward, self.heads * self.T, self.threads, probs, dscores, scores, dprobs, sums,
+                            self.scale, self.T, self.width, self.strip)
+            self.columns_of(dv, self.square(probs), dy)
+            self.rows_of(dq, self.square(dscores), keys)
+            self.columns_of(dkeys, self.square(dscores), q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +270,7 @@ class GPT2(Engine):
             table += [("dresidual", (BT, C), A), ("dbtc", (BT, C), A), ("dqkv", (BT, 3 * C), A),
                       ("dfch", (BT, 4 * C), A)]
         if self.attention_of(T) == "own":
-            table += [(name, (NH, T, -(-T // 8) * 8), dtype) for name, dtype in squares_of(A)]
+            table += squares_table(NH, T, A)
         return table
 
     def attention_of(self, T):
@@ -311,7 +346,7 @@ class GPT2(Engine):
             acts.batch = Buffer(self.memory, ((acts.place.ptr + 4 - self.memory) // 4,), I32)
             hs = self.config.channels // self.config.num_heads
             if self.attention_of(T) == "own":
-                squares = [getattr(acts, name) for name, _ in squares_of(self.dtype)]
+                squares = [getattr(acts, row[0]) for row in squares_table(self.config.num_heads, T, self.dtype)]
                 acts.attention = Attention(self.gpu, self.products, self.config.num_heads, T, hs, squares)
             else:
                 start = time.perf_counter()
