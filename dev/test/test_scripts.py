@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy_gpu
 import pytest
 
 import train_gpt2
@@ -18,21 +19,22 @@ LLMC = {
     "run_gpt2_774M": (524288, 286102, 2.5e-4, 0, 700), "run_gpt2_1558M": (1048576, 32000, 6e-4, 0.1, 700),
     "run_gpt3_125M": (524288, 572204, 6e-4, 0.1, 700),
 }
+LLMC_BATCHES = dict(zip(LLMC, (64, 64, 32, 16, 32)))
 
 
 @pytest.fixture
 def commands(tmp_path):
     """commands(script, *arguments): the commands that it gives to Python, each a list of words; none is run."""
-    def commands(script, *arguments):
-        (tmp_path / ".venv/bin").mkdir(parents=True)
+    def commands(script, *arguments, environment=".venv", **more):
+        (tmp_path / environment / "bin").mkdir(parents=True)
         (tmp_path / "dev/scripts").mkdir(parents=True)
         shutil.copy(script, tmp_path / "dev/scripts")
-        python, log = tmp_path / ".venv/bin/python", tmp_path / "commands"
+        python, log = tmp_path / environment / "bin/python", tmp_path / "commands"
         quoted = shlex.quote(str(log))
         python.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {quoted}\necho >> {quoted}\n')
         python.chmod(0o755)
         subprocess.run(["bash", f"scripts/{script.name}", *arguments], cwd=tmp_path / "dev", check=True, timeout=60,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                       env=os.environ | more, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return [shlex.split(line) for line in log.read_text().splitlines()]
     return commands
 
@@ -67,3 +69,22 @@ def test_script(script, commands):
     plan = train_gpt2.memory_plan(config, flags.batch_size, T, flags.recompute)
     memory = 0.16 + sum(plan.values()) / 2**30  # 0.16: Python's
     assert memory == pytest.approx(float(re.search(r"(\S+) GiB of memory", heading)[1]), rel=0.12)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("name", LLMC)
+def test_script_for_a_gpu(name, commands):
+    """Its environment, llm.c's batch size, and the time and memory that the heading says"""
+    script = next(script for script in SCRIPTS if script.stem == name)
+    words, = commands(script, "-s", "7", environment=".venv-gpu", DEVICE="cuda")
+    flags = parse_flags(words[1:])
+    assert (flags.device, flags.batch_size, flags.sample_every) == ("cuda", LLMC_BATCHES[name], 7) and not flags.ignored
+    heading = script.read_text().replace("\n# ", " ")
+    number, unit, rate = re.search(r"environment\): (\S+) (hours|days) at (\S+) tokens/s", heading).groups()
+    seconds = flags.total_batch_size * flags.num_iterations / int(rate.replace(",", ""))
+    assert seconds / {"hours": 3600, "days": 86400}[unit] == pytest.approx(float(number), rel=0.02)
+    config = train_gpt2.model_config(flags.model)
+    engine = numpy_gpu.engine(config, train_gpt2.parameter_table(config), None, precision="bf16")  # or skips
+    plan = engine.memory_plan(flags.batch_size, flags.sequence_length, flags.recompute, True)
+    said = float(re.search(r"; (\S+) GiB of its memory", heading)[1])  # with cuDNN's attention, up to 2 GiB more
+    assert -0.2 < said - sum(plan.values()) / 2**30 < 2.3
