@@ -172,7 +172,7 @@ def test_gelu(gpu, put, rng, n):
 
 @pytest.mark.parametrize("which", ["own", "cudnn"])
 @pytest.mark.parametrize("B, T, NH, hs, strip", [(2, 64, 2, 64, 512), (1, 1, 2, 16, 512), (3, 50, 4, 16, 16),
-                                                 (2, 192, 3, 80, 64), (1, 1000, 2, 64, 512)])
+                                                 (2, 192, 3, 80, 64), (1, 1000, 2, 64, 512), (1, 1024, 2, 64, 512)])
 @pytest.mark.parametrize("low", [False, True])  # rows whose log-sum-exp is about -100
 def test_attention(gpu, put, rng, which, B, T, NH, hs, strip, low, monkeypatch):
     from dev.engine import cuda
@@ -235,6 +235,28 @@ def steps(model, precision, graphs=True, **options):
 def test_the_same_bits(tiny, precision):
     first = steps(tiny, precision)
     assert steps(tiny, precision) == first and steps(tiny, precision, graphs=False) == first
+
+
+@gpu_only
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_the_same_bits_of_large_batches(gpu, recompute):
+    """B=64, T=1024: where llm.c's attention was not deterministic, and small tests never saw it"""
+    if gpu.free_memory()[0] < 45 << 30:
+        pytest.skip("45 GiB of the GPU are not free")
+
+    def run():
+        engine, random = t.build("d12", "cuda"), np.random.default_rng(3)
+        engine.prepare(64, 1024, recompute)
+        for step in range(17):
+            engine.forward(*random.integers(0, 50257, (2, 64, 1024), dtype=np.int32))
+            engine.backward()
+            engine.update(step, 1e-3, grad_clip=1.0)
+        found = engine.host("params").memory.tobytes()
+        engine.free_activations()
+        for views in {id(views.memory): views.memory for views in engine.tensors.values()}.values():
+            engine.gpu.free(views.ptr)
+        return found
+    assert run() == run()
 
 
 @gpu_only

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +91,24 @@ def test_training(precision, recompute, B, T, several_chunks):
     if precision == "fp32":
         for what in "params", "m", "v":
             close(ours.host(what).memory, cpu.host(what).memory, 1e-4)
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_any_cut_of_a_batch_is_the_same_batch(precision):
+    """Twelve sequences as micro-batches of 12, 6, 4, 1: the gradient, and what three updates leave"""
+    found = []
+    for B in 12, 6, 4, 1:
+        engine, numbers = engines(precision)[0], []
+        for k in range(3):
+            whole = batch(SMALL, 12, 20, seed=k)
+            losses = [step(engine, *(x[first:first + B] for x in whole)) for first in range(0, 12, B)]
+            numbers += [np.mean(losses), engine.grad_norm()]
+            gradient = engine.host("grads").memory / len(losses)
+            engine.update(k, 1e-3, norm=numbers[-1], grad_clip=numbers[-1] / 2)
+        found.append((numbers, gradient))
+    for numbers, gradient in found[1:]:
+        assert numbers == pytest.approx(found[0][0], rel=BOUNDS[precision])
+        assert np.linalg.norm(gradient - found[0][1]) < 2 * BOUNDS[precision] * np.linalg.norm(gradient)
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
@@ -330,6 +349,33 @@ def test_ranges_for_nsight(bare_gpu, monkeypatch):
         bare_gpu.replay("update", lambda: bare_gpu.call("adamw", lambda: said.append("work")))
     assert said == ["forward begins", "work", "forward ends", "update begins", "adamw begins", "work", "adamw ends",
                     "update ends"]
+
+
+@pytest.mark.parametrize("version, found", [(0, "there is none"), (12040, "it supports CUDA 12.4")])
+def test_an_old_driver(bare_gpu, version, found):
+    from dev.engine import gpu
+    bare_gpu.runtime.cudaDriverGetVersion = lambda: (0, version)
+    with pytest.raises(OSError, match="needs an NVIDIA driver for CUDA 13 .580 or newer., and " + found) as error:
+        gpu.Gpu()
+    assert "---> HINT: update the driver" in str(error.value)
+
+
+def test_versions_that_fit_are_pinned():
+    """numba-cuda is only maintained, and does not say which Numba it is for."""
+    lines = (Path(__file__).parents[1] / "engine/requirements.txt").read_text().splitlines()
+    for name in "numba", "llvmlite", "numba-cuda[cu13]", "nvmath-python", "nvidia-cudnn-frontend":
+        assert any(re.fullmatch(re.escape(name) + r"==[0-9.]+", line) for line in lines), name
+    assert "numpy>=1.26,<2.5" in lines and "nvidia-cudnn-cu13>=9.15.1" in lines
+
+
+@pytest.mark.parametrize("B, NH, T", [(64, 12, 1024), (4, 16, 2048), (32, 16, 2048), (7, 12, 1024), (1, 25, 8192)])
+def test_workspace_of_deterministic_attention(B, NH, T):
+    """The backward pass takes B*NH*T*T bfloat16, or goes over slices: it never has more than 2 GiB for several."""
+    attention = pytest.importorskip("dev.engine.cudnn_attention", exc_type=ImportError)
+    n = attention.sequences(B, NH, T)
+    assert B % n == 0 and (n == 1 or 2 * n * NH * T * T <= 2 << 30)
+    assert all(2 * m * NH * T * T > 2 << 30 for m in range(n + 1, B + 1) if B % m == 0)  # as few slices as can be
+    assert attention.workspace_bytes(B, NH, T) >= 2 * n * NH * T * T
 
 
 def test_what_the_start_took(capsys):
