@@ -196,6 +196,9 @@ def read_run_checkpoint(folder, step, run):
             raise ValueError("its header and its size disagree about whether batches are shuffled")
         loader.restore(state | (unpack_order(order, len(loader.files)) if order else {}))
     except ValueError as error:
+        if header[2] > 1 and not os.path.exists(run_path):
+            fit = ("---> HINT: llm.c shuffles each process's batches in its own way: "
+                   f"-e {model_path} begins a new run with its weights")
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
     require_sound(run, f"{model_path}, {state_path}", f"---> HINT: remove {done}: then -y 1 goes on from before it")
     run.sampler.state = int(header[20:22].view(np.uint64)[0])

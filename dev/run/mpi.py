@@ -111,7 +111,9 @@ class Mpi(Processes):
     # gradients and parameters
 
     def reduce(self, arrays):
+        start = time.perf_counter()
         self.begun.append(self.begin(lambda: self.reduce_now(arrays)))
+        self.times["waiting for sums of gradients"] += time.perf_counter() - start  # where there is no thread for it
 
     def reduce_now(self, arrays):
         if self.near:  # a call that blocks is three times as fast in shared memory, but spins: not before all are here

@@ -208,3 +208,11 @@ def test_a_target_outside_the_vocabulary(make_shard, tmp_path):
     tokens = np.arange(17)
     with pytest.raises(ValueError, match="token 16 at position 16"):
         DataLoader(make_shard(tmp_path / "shard.bin", tokens), 2, 8, vocab_size=16).next_batch()
+
+
+def test_another_process_s_batch_is_not_read(make_shard, tmp_path):
+    tokens = np.arange(100) % 50
+    tokens[5] = 50
+    loader = DataLoader(make_shard(tmp_path / "shard.bin", tokens), 2, 8, vocab_size=50)
+    assert loader.next_batch(read=False) is None
+    assert loader.next_batch()[0].ravel().tolist() == tokens[16:32].tolist()

@@ -106,20 +106,47 @@ def validations(output):
 # ---------------------------------------------------------------------------------------------------------------------
 # the numbers of one process
 
-@pytest.mark.parametrize("processes, micro_batches", [(2, 1), (3, 1), (4, 1), (2, 3)])
-def test_losses_of_one_process(run, processes, micro_batches):
-    text = f"-x {STEPS} -v 5 -m 7 -d {processes * micro_batches * B * T}"
+# Relative differences of losses. A last bit may round a weight, of few, to the next bfloat16: see scaling.md
+CLOSE = {"fp32": 1e-5, "bf16": 1e-3}
+
+
+@pytest.mark.parametrize("processes, micro_batches, precision", [
+    (2, 1, "fp32"), (3, 1, "fp32"), (4, 1, "fp32"), (2, 3, "fp32"), (2, 1, "bf16"), (3, 1, "bf16"), (4, 1, "bf16")])
+def test_losses_of_one_process(run, processes, micro_batches, precision):
+    text = f"-x {STEPS} -v 5 -m 7 -d {processes * micro_batches * B * T} --precision {precision}"
     one, several = run(0, text), run(processes, text)
     assert losses(several).shape == (2, STEPS)
-    assert losses(several)[0] == pytest.approx(losses(one)[0], rel=1e-5, abs=0)
-    assert losses(several)[1] == pytest.approx(losses(one)[1], rel=1e-4, abs=2e-4)  # of which four digits are printed
+    assert losses(several)[0] == pytest.approx(losses(one)[0], rel=CLOSE[precision], abs=0)
+    assert losses(several)[0, 0] == pytest.approx(losses(one)[0, 0], abs=1.1e-6)  # of the same weights: the same digits
+    # norms, of which four digits are printed
+    assert losses(several)[1] == pytest.approx(losses(one)[1], rel=10 * CLOSE[precision], abs=2e-4)
     assert len(validations(one)) == 5
-    assert np.array(validations(several), float) == pytest.approx(np.array(validations(one), float), rel=1e-5)
-    assert validations(several)[0] == validations(one)[0]  # of the same weights: the same digits
+    assert np.array(validations(several), float) == pytest.approx(np.array(validations(one), float),
+                                                                  rel=CLOSE[precision])
+    assert validations(several)[0] == validations(one)[0]
 
 
-def test_a_lost_micro_batch_shows(run):
-    text = f"-x {STEPS} -d {6 * B * T}"
+@pytest.mark.parametrize("processes, micro_batches, rows", [(0, 4, 2), (2, 1, 4), (2, 4, 1), (4, 1, 2), (4, 2, 1)])
+def test_ways_to_divide_a_batch(run, processes, micro_batches, rows):
+    """Eight rows, always the same ones (-a 1), at once or divided among processes and micro-batches"""
+    text = f"-x {STEPS} -a 1 -d {8 * T}"
+    one, divided = losses(run(0, f"{text} -b 8")), losses(run(processes, f"{text} -b {rows}"))
+    assert max(processes, 1) * micro_batches * rows == 8 and divided.shape == (2, STEPS)
+    assert divided[0] == pytest.approx(one[0], rel=1e-5, abs=0)
+    assert divided[1] == pytest.approx(one[1], rel=1e-4, abs=2e-4)
+
+
+def test_a_validation_shard_with_little_more_than_a_batch(run, make_shard, tmp_path, rng):
+    """Eight processes of four rows, and as many tokens: llm.c needs one more and aborts."""
+    path = make_shard(tmp_path / "val.bin", rng.integers(0, 300, 8 * 4 * T))
+    text = f"-x 1 -v 1 -m -1 -b 4 -j {path}"
+    one, several = run(0, f"{text} -d {8 * 4 * T}"), run(8, text)
+    assert validations(several)[0] == validations(one)[0] and "tokens: 256" in several
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_lost_micro_batch_shows(run, precision):
+    text = f"-x {STEPS} -d {6 * B * T} --precision {precision}"
     lost = """
 backward, calls = train_gpt2.GPT2.backward, [0]
 def lossy(engine, last=True):
@@ -130,14 +157,17 @@ def lossy(engine, last=True):
 train_gpt2.GPT2.backward = lossy
 """
     one, several = losses(run(0, text))[0], losses(run(2, text, lost))[0]
-    assert several[:2] == pytest.approx(one[:2], rel=1e-5) and several[2:] != pytest.approx(one[2:], rel=1e-5)
+    close = CLOSE[precision]
+    assert several[:2] == pytest.approx(one[:2], rel=close) and several[2:] != pytest.approx(one[2:], rel=close)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_same_bits_from_run_to_run(run, tmp_path, stage):
+def test_same_bits_from_run_to_run(run, tmp_path, stage, precision):
     processes = 4 if stage else 3
     for folder in "a", "b":
-        run(processes, f"-x 10 -n 5 -z {stage} -d {2 * processes * B * T} -o {tmp_path / folder}")
+        run(processes, f"-x 10 -n 5 -z {stage} -d {2 * processes * B * T} --precision {precision} "
+            f"-o {tmp_path / folder}")
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert len(a) == 2 * (3 + processes) + 1 and a == b
 
@@ -198,10 +228,10 @@ def tensors(config=(64, 384, 2, 32)):
             (L, 4 * C * C), (L, 4 * C), (L, 4 * C * C), (L, C), (1, C), (1, C)]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_shared_moments(run, tmp_path, processes):
+@pytest.mark.parametrize("processes, precision", [(2, "fp32"), (4, "fp32"), (4, "bf16")])
+def test_shared_moments(run, tmp_path, processes, precision):
     """-z 1: the same run, and state files with slice r of each layer's tensor, as llm.c writes them"""
-    text = f"-w 1 -x {STEPS} -n {STEPS} --grad_clip 1 -c 0.1 -d {processes * B * T}"
+    text = f"-w 1 -x {STEPS} -n {STEPS} --grad_clip 1 -c 0.1 -d {processes * B * T} --precision {precision}"
     whole = run(processes, f"{text} -z 0 -o {tmp_path / '0'}")
     shared = run(processes, f"{text} -z 1 -o {tmp_path / '1'}")
     assert losses(shared) == pytest.approx(losses(whole), rel=1e-6)
@@ -280,6 +310,31 @@ def test_a_fault_ends_all(run, fault, words):
     assert words in output and "step 2: " in output and "step 3: " not in output  # run_kernels() is a step, too
 
 
+DEATH = """
+def die(*args, **more):
+    print("now", time.time(), file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == 1:
+    {}
+"""
+
+
+@pytest.mark.parametrize("where, reached", [
+    ("die()", ""),                                                        # before MPI begins
+    ("from dev.run import mpi; mpi.Mpi.describe = die", ""),              # when it has begun
+    ("train_gpt2.load_kernels = die", "threads: "),
+    ("train_gpt2.validate = die", "num_activations: "),
+    ("from dev.run import checkpoints; checkpoints.write_file = die", "step 1: "),
+    ("from dev.run import mpi; mpi.Mpi.close = die", "checkpoint of step 2"),
+])
+def test_a_death_ends_all(run, out, where, reached):
+    """Wherever a process is killed; nothing says that a checkpoint is complete of which its part is missing."""
+    output = run(3, "-x 2 -n 2 -v 2", DEATH.format(where), status=None)
+    assert time.time() - float(re.search(r"now (\S+)", output)[1]) < 10
+    assert reached in output and "signal 9" in output
+    assert (out / "DONE_00000002").exists() == ("close" in where)
+
+
 def test_what_all_find_wrong_is_said_once(run, make_shard, tmp_path):
     path = make_shard(tmp_path / "short.bin", [1] * 10)
     error = run(3, f"-x 3 -i {path}", status=None)
@@ -305,6 +360,16 @@ def test_launchers(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(name, "3")
             assert launched() == 3
+
+
+def test_a_folder_of_llmc_with_several_processes(run, out):
+    """It shuffles the batches of each process in another way, and counts batches of all processes together."""
+    text = "-x 2 -n 2 -d 64"
+    run(2, f"{text} -b 4")  # a batch of so many tokens as two have with -b 2
+    (out / "run_00000002.json").unlink()
+    error = run(2, f"{text} -y 1", status=None)
+    assert error.count("error:") == 1 and "not one of this data" in error
+    assert f"llm.c shuffles each process's batches in its own way: -e {out / 'model_00000002.bin'}" in error
 
 
 @pytest.fixture
@@ -430,6 +495,40 @@ def test_recipes(tmp_path, monkeypatch, script, launcher, arguments, number):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sums
+
+OVERLAP = """
+import atexit, threading
+from dev.run import mpi
+summed, seen, add_up, backward = threading.Event(), [], mpi.Mpi.add_up, train_gpt2.GPT2.backward
+def slow(processes, x):
+    time.sleep(0.3)
+    add_up(processes, x)
+    summed.set()
+def watched(engine, last=True):
+    gelu_backward = engine.kernels.gelu_backward  # in the middle of a layer's backward pass
+    def waiting(*args):
+        if engine.processes.size > 1:  # not what compiles
+            seen.extend([summed.is_set(), summed.wait(5)])
+        gelu_backward(*args)
+    engine.kernels.gelu_backward = waiting
+    backward(engine, last)
+    engine.kernels.gelu_backward = gelu_backward
+mpi.Mpi.add_up, train_gpt2.GPT2.backward = slow, watched
+atexit.register(lambda: print("summed within the backward pass:", seen, flush=True))
+"""
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_sums_go_on_during_the_backward_pass(run, near):
+    """Sums of 0.3 s, three a step: the first begins before the last layer's backward pass and ends in it. --profile
+    shows it: what is waited for is less than what sums take."""
+    far = "" if near else "\nmpi.Mpi.near = property(lambda p: False, lambda p, x: None)"
+    output = run(2, "-x 1 --profile 1", OVERLAP + far)
+    assert output.count("summed within the backward pass: [False, True, True, True]") == 2
+    sums, waiting = (float(re.search(rf"^{name} +([\d.]+) ms", output, re.MULTILINE)[1])
+                     for name in ("sums of gradients", "waiting for sums of gradients"))
+    assert sums > 3 * 300 and waiting < 0.9 * sums
+
 
 SUMS = """
 from dev.run import mpi
