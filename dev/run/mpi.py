@@ -51,7 +51,8 @@ class Mpi(Processes):
 
     def __init__(self, size, zero_stage=0):
         self.MPI = MPI = load_mpi()
-        self.comm, self.zero_stage, self.library = MPI.COMM_WORLD, zero_stage, MPI.Get_library_version().split(",")[0]
+        self.comm, self.zero_stage = MPI.COMM_WORLD, zero_stage
+        self.library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
         self.rank, self.size = self.comm.rank, self.comm.size
         if self.size != size:
             raise ValueError(f"there should be {size} processes, but MPI finds {self.size} ({self.library})\n"

@@ -34,7 +34,7 @@ import os, signal, sys, time
 import numpy as np
 import train_gpt2
 from dev.run import processes
-rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", 0)))
 {code}
 if __name__ == "__main__":
     sys.exit(train_gpt2.main(sys.argv[1:]))
@@ -74,7 +74,8 @@ atexit.register(lambda: print(f"rank {{rank}}: {{counts[0]}} batches, {{counts[1
 
 def command(processes, arguments, code=""):
     """The command of a run; 0 processes: without mpirun"""
-    launcher = [MPIRUN, "--oversubscribe", "--bind-to", "none", "-np", str(processes)] if processes else []
+    open_mpi = ["--oversubscribe"] * bool(shutil.which("ompi_info", path=os.path.dirname(MPIRUN)))  # else MPICH
+    launcher = [MPIRUN, *open_mpi, "--bind-to", "none", "-np", str(processes)] if processes else []
     return [*launcher, sys.executable, "-c", MAIN.format(code=code), *map(str, arguments)]
 
 

@@ -4,7 +4,8 @@
 # password, the same path for this folder (data and -o too, best on a shared disk), and the same kind of processor: the
 # last bit of a sum may depend on it. The loss curve does not depend on their number, and a run may go on with another.
 #
-# To stop after a step, with a checkpoint: touch data/runs/gpt2_124M/STOP. Ctrl-C gives processes a few seconds only.
+# To stop after a step, with a checkpoint: touch data/runs/gpt2_124M/STOP, or SIGUSR1 to mpirun for one
+# without a stop. Open MPI's mpirun kills a quarter of a second after Ctrl-C or SIGTERM, too soon for a checkpoint.
 # On several networks name one: FLAGS="--mca btl_tcp_if_include eth1". As root in a container: set
 # OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
 set -euo pipefail
