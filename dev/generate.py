@@ -31,7 +31,8 @@ def parse_flags(argv):
     parser = argparse.ArgumentParser(prog="python -m dev.generate", description=__doc__.strip().splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint, or a descriptor: d6, d12 …")
+    flag("-e", "--model", default="data/gpt2_124M.bin",
+         help="a checkpoint, or a descriptor of random weights: d6, d12, of any shape gpt2:l4c256h4 …")
     add_device(parser)
     flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
     flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")
@@ -74,7 +75,8 @@ def run(flags):
     end = min(tokenizer.eot_token, config.vocab_size - 1)
     prompt = (own.encode if own else encode)(text) if text else [end]  # a text begins after the end of another
     with contextlib.redirect_stdout(sys.stderr):
-        engine.prepare(1, config.max_seq_len, train=False)
+        memory = engine.prepare(1, config.max_seq_len, train=False)
+        print(f"{flags.model}: {engine.num_parameters:,} parameters, {sum(memory.values()) / 2**20:,.0f} MiB of memory")
 
     start, count = time.perf_counter(), 0
     try:

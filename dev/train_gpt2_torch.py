@@ -32,9 +32,10 @@ import glob
 import json
 import math
 import os
+import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -162,8 +163,19 @@ TINY = Config(maxT=64, V=300, L=2, NH=2, C=32)
 
 
 def config_from_descriptor(descriptor):
-    """d12, gpt2:d12, gpt3:c768 or tiny -> (the name of its files, Config)."""
+    """d12, gpt2:d12, gpt3:c768, gpt2:l4c256h4t512v300 or tiny -> (the name of its files, Config). t and v, the longest
+    sequence and the vocabulary, may be left out, and may follow any of the others."""
+    more = re.search(r"(?<=\d)(t\d+)?(v\d+)?$", descriptor)
+    if more and more[0]:
+        name, config = config_from_descriptor(descriptor[: more.start()])
+        maxT, V = more.groups()
+        return name + more[0], replace(config, maxT=int(maxT[1:]) if maxT else config.maxT,
+                                       V=int(V[1:]) if V else config.V)
     family, _, size = descriptor.rpartition(":")
+    shape = re.fullmatch(r"l(\d+)c(\d+)h(\d+)", size)
+    if shape and family in ("", "gpt2"):
+        L, C, NH = map(int, shape.groups())
+        return f"gpt2_{size}", Config(L=L, NH=NH, C=C)
     if descriptor == "tiny":
         return "gpt2_tiny", TINY
     if family in ("", "gpt2") and size in GPT2_SIZES:
@@ -177,7 +189,8 @@ def config_from_descriptor(descriptor):
         return f"gpt3_{size}", Config(maxT=2048, L=L, NH=C // hs, C=C)
     raise ValueError(
         f"unknown model '{descriptor}'\n---> HINT: one of tiny, {', '.join(GPT2_SIZES)}, "
-        f"gpt3:{', gpt3:'.join(GPT3_SIZES)}, {', '.join(PRETRAINED)}, or the path of a .bin checkpoint"
+        f"gpt3:{', gpt3:'.join(GPT3_SIZES)}, gpt2:l4c256h4, "
+        f"{', '.join(PRETRAINED)}, or the path of a .bin checkpoint"
     )
 
 
@@ -518,7 +531,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--help", action="help")
     # what to read
-    add("-e", "--model", default="data/gpt2_124M.bin", help="a .bin, d6 d12 gpt2:d12 gpt3:c768 tiny ..., or gpt2-xl")
+    add("-e", "--model", default="data/gpt2_124M.bin", help="a .bin, d6 gpt3:c768 gpt2:l4c256h4 tiny ..., or gpt2-xl")
     add("-i", "--input_bin", default="data/tinyshakespeare/tiny_shakespeare_train.bin", help="training shards, a glob")
     add("-j", "--input_val_bin", default="data/tinyshakespeare/tiny_shakespeare_val.bin", help="validation shards")
     # what to write instead of training

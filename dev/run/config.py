@@ -2,7 +2,8 @@
 A model's shape: what a name says about it, and the table of its tensors.
 """
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from dev.run.engine import size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, check_size, new_header, read_header
@@ -37,8 +38,26 @@ GPT3_CHANNELS = {384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96), 20
 
 
 def descriptor_config(descriptor):
-    """The GPT2Config that a descriptor names: d12, gpt2:d12, gpt3:c768 and so on. ValueError for an unknown one."""
+    """The GPT2Config that a descriptor names: d12, gpt2:d12, gpt3:c768, of any shape gpt2:l4c256h4, with another
+    longest sequence or vocabulary gpt2:l4c256h4t512v257. ValueError for an unknown one."""
+    shape = re.fullmatch(r"(.*?)(?:(?<=\d)t(\d+))?(?:(?<=\d)v(\d+))?", descriptor)
+    config = named_config(shape[1])
+    maxT, V = int(shape[2] or config.max_seq_len), int(shape[3] or 50257)
+    if maxT < 1 or V < 1:
+        raise ValueError(f"{descriptor}: the longest sequence and the vocabulary must be at least 1")
+    return replace(config, max_seq_len=maxT, vocab_size=V, padded_vocab_size=-(-V // 128) * 128)
+
+
+def named_config(descriptor):
+    """That of a descriptor without t and v"""
     family, _, name = descriptor.rpartition(":")
+    shape = re.fullmatch(r"l(\d+)c(\d+)h(\d+)", name)
+    if shape and family in ("", "gpt2"):
+        L, C, NH = map(int, shape.groups())
+        if min(L, C, NH) < 1 or C % NH:
+            raise ValueError(f"{descriptor}: there must be layers, channels and heads, and {NH} heads divide {C} "
+                             "channels")
+        return GPT2Config(1024, 50257, 50304, L, NH, C)
     kind, number = name[:1], int(name[1:]) if name[1:].isdigit() else 0
     if kind == "d" and family in ("", "gpt2") and number in GPT2_DEPTHS:
         (C, NH), L, maxT = GPT2_DEPTHS[number], number, 1024
@@ -47,7 +66,9 @@ def descriptor_config(descriptor):
         NH = C // hs
     else:
         known = [f"d{d}" for d in GPT2_DEPTHS] + [f"gpt3:c{c}" for c in GPT3_CHANNELS]
-        raise ValueError(f"unknown model descriptor {descriptor!r}\n---> HINT: known are {' '.join(known)}")
+        raise ValueError(f"unknown model descriptor {descriptor!r}\n---> HINT: known are {' '.join(known)}\n"
+                         "---> HINT: any other shape is like gpt2:l4c256h4 (layers, channels, heads) or "
+                         "gpt2:l4c256h4t512v300 (and sequences of up to 512, of 300 tokens)")
     return GPT2Config(maxT, 50257, 50304, L, NH, C)
 
 

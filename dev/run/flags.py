@@ -42,7 +42,8 @@ def parse_flags(argv):
     # data and model
     flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
     flag("-j --input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")
-    flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768 ...")
+    flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768 or, "
+         "of any shape, gpt2:l4c256h4: layers, channels, heads; after it t512: longest sequence, v300: vocabulary")
     # output folder and checkpoints
     flag("-o --output_dir", None, "folder for main.log and checkpoints", str)
     flag("-n --checkpoint_every", 0, "write a checkpoint every so many steps, and at the end")

@@ -90,6 +90,11 @@ def test_sizes_of_the_descriptors():
     assert ref.config_from_descriptor("d12") == ref.config_from_descriptor("gpt2:d12") == ("gpt2_d12", ref.Config())
     assert ref.Config().num_parameters == 124475904
     assert ref.Config().Vp == 50304
+    assert ref.config_from_descriptor("gpt2:l4c256h4") == ("gpt2_l4c256h4", ref.Config(L=4, NH=4, C=256))
+    small = ref.Config(maxT=512, V=300, L=4, NH=4, C=256)
+    assert ref.config_from_descriptor("l4c256h4t512v300") == ("gpt2_l4c256h4t512v300", small)
+    with pytest.raises(ValueError, match="divisible"):
+        ref.config_from_descriptor("l4c256h3")
     name, config = ref.config_from_descriptor("gpt3:c1536")
     assert (name, config) == ("gpt3_c1536", ref.Config(maxT=2048, L=24, NH=16, C=1536))
     stored = sum(p.numel() for p in small_model().parameters()) + (SMALL.Vp - SMALL.V) * SMALL.C

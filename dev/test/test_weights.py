@@ -47,12 +47,28 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("descriptor, maxT, L, NH, C", [
     ("d6", 1024, 6, 6, 384), ("d12", 1024, 12, 12, 768), ("gpt2:d48", 1024, 48, 25, 1600),
+    ("l7c448h7", 1024, 7, 7, 448), ("gpt2:l4c256h4", 1024, 4, 4, 256),
     ("gpt3:c768", 2048, 12, 12, 768), ("gpt3:c1536", 2048, 24, 16, 1536), ("gpt3:c12288", 2048, 96, 96, 12288),
 ])
 def test_descriptors(descriptor, maxT, L, NH, C):
     config = t.model_config(descriptor)
     assert config == GPT2Config(maxT, 50257, 50304, L, NH, C)
     assert t.size_of(t.parameter_table(config)) == (50304 + maxT) * C + L * (12 * C + 13) * C + 2 * C
+
+
+@pytest.mark.parametrize("descriptor, maxT, V, Vp", [
+    ("gpt2:l4c256h4t512v300", 512, 300, 384), ("l4c256h4t512", 512, 50257, 50304),
+    ("gpt2:l4c256h4v257", 1024, 257, 384),
+])
+def test_descriptors_of_any_shape(descriptor, maxT, V, Vp):
+    assert t.model_config(descriptor) == GPT2Config(maxT, V, Vp, 4, 4, 256)
+
+
+@pytest.mark.parametrize("descriptor", ["l4c256h3", "l0c256h4", "l4c256h4t0", "l4c256h4v0", "gpt3:l4c256h4", "l4c256",
+                                        "l4c256h4t", "lc256h4", "t512", "v300"])
+def test_impossible_shapes(descriptor):
+    with pytest.raises(ValueError, match=descriptor):
+        t.model_config(descriptor)
 
 
 def test_size_of_124M():
