@@ -1419,7 +1419,7 @@ def train(flags, processes=ALONE):
 
     # the model, and where it left off
     report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
-    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.model)
+    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.settings)
     if resume_step is not None:
         read_run_checkpoint(folder, resume_step, run)
     report.begin(run, steps, tokenizer, output := Output(flags, run))

@@ -253,7 +253,7 @@ def lines_of(command, **options):
 
 def took(line):
     """The seconds in a step's line; 0 in all other lines"""
-    match = re.match(r"step \d+: .*\(took ([\d.]+) ms\)", line)
+    match = re.match(r"step \d+(?:/\d+.*?)?: .*\(took ([\d.]+) ms\)", line)
     return float(match[1]) / 1e3 if match else 0.0
 
 
@@ -315,7 +315,7 @@ class Bench:
                    "-b", str(B), "-t", str(T), "--matmul", self.flags.matmul, "--precision", self.flags.precision,
                    *flags]
         lines = list(lines_of(command, env=env))
-        seen = {line.split(":")[0]: (seconds, line) for seconds, line in reversed(lines)}
+        seen = {re.split("[:/]", line)[0]: (seconds, line) for seconds, line in reversed(lines)}
         if "peak memory" not in seen:
             raise RuntimeError(f"{' '.join(command)}\n{lines[-1][1] if lines else 'printed nothing'}")
         return seen

@@ -42,10 +42,18 @@ class Run:
     loader: object  # train_gpt2.DataLoader
     sampler: Sampler
     outliers: Outliers
-    model: str          # the flag -e with which it began
+    settings: dict      # {short flag: value} of what decides its numbers; -e: with which it began
     step: int = 0
+    earlier: tuple = (0, 0)  # steps and tokens of the run that it goes on from
+    changed: tuple = ()      # the settings that are others than that run's
     coins: int = None   # while validation and samples of this step are not over: the sampler's state before them
     resumed: tuple = None  # the step of the checkpoint that it goes on from, and whether they were over there
+
+    @property
+    def tokens(self):
+        """That it has been trained on before this step"""
+        steps, tokens = self.earlier
+        return tokens + (self.step - steps) * self.settings["-d"]
 
     @contextlib.contextmanager
     def look(self):
@@ -114,7 +122,7 @@ def write_run_checkpoint(folder, run, master=0):
     write_file(state_path, header, engine.host("m").memory, engine.host("v").memory, *weights, *pack_order(state))
     more = {"tokens_per_batch": run.loader.B * run.loader.T, "shard_tokens": run.loader.shard_tokens,
             "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage,
-            "model": run.model}
+            "flags": run.settings, "tokens": run.tokens}
     if run.coins is not None:
         more["coins"] = run.coins
     processes.any(False)  # every process has written its state
@@ -204,8 +212,11 @@ def read_run_checkpoint(folder, step, run):
     run.sampler.state = int(header[20:22].view(np.uint64)[0])
     for window, old in zip(run.outliers.windows, more["windows"]):
         window.extend(old)
-    run.model = more.get("model", run.model)
+    before = {"-e": more.get("model", run.settings["-e"])} | more.get("flags", {})
+    run.changed = tuple(name for name, value in run.settings.items() if before.get(name, value) != value)
+    run.settings["-e"] = before["-e"]
     run.step, run.resumed = step, (step, "coins" not in more)
+    run.earlier = step, more.get("tokens", step * run.settings["-d"])
 
 
 def load_weights(engine, file):

@@ -10,6 +10,9 @@ from dev.run.processes import launched
 # the flags that are an engine's options, by its device: others are ignored there
 OPTIONS = {"cpu": {"matmul": "--matmul"}, "cuda": {"tf32": "-f", "attention": "--attention"}}
 
+# the flags on which a run's numbers depend: what changed is said where one goes on
+SETTINGS = "-e -b -t -d -k -l -u -q -c --beta1 --beta2 --eps --grad_clip -sl -sg -a".split()
+
 
 def add_device(parser):
     """The flags by which every program chooses an engine"""
@@ -27,16 +30,16 @@ def explain(parser, error, message):
 
 
 def parse_flags(argv):
-    """The flags as attributes, the micro-batches of a step, and options: an engine's own flags.
+    """The flags as attributes, the micro-batches of a step, options: an engine's own flags, and settings.
     ValueError for values that make no sense"""
     parser = argparse.ArgumentParser(
         "train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
         description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 is off wherever one says `every`.")
-    ranges = {}
+    ranges, destinations = {}, {}
 
     def flag(names, default, text, kind=None, least=0, below=math.inf, **more):
         action = parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
-        ranges[action.dest] = least, below
+        ranges[action.dest], destinations[names.split()[0]] = (least, below), action.dest
     parser.add_argument("--help", action="help", help="show this help")
     parser.error = functools.partial(explain, parser, parser.error)
     # data and model
@@ -91,6 +94,7 @@ def parse_flags(argv):
     flag("--matmul", None, "on a CPU: products by our kernels or NumPy's BLAS", str, choices=("auto", "numba", "blas"))
     flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
     flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))
+    flag("--log_every", 1, "print every so many steps; main.log keeps them all", least=1)
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
     # several processes
     flag("-pn --num_processes", launched(), "processes, which mpirun or srun starts", least=1)
@@ -122,4 +126,6 @@ def parse_flags(argv):
         fits = max(1, round(flags.total_batch_size / tokens)) * tokens
         raise ValueError(f"a total batch of {flags.total_batch_size:,} tokens is not a multiple of the {tokens:,} of a "
                          f"micro-batch{of_all}\n---> HINT: use -d {fits}")
+    flags.settings = {name: getattr(flags, destinations[name]) for name in SETTINGS}
+    flags.model_given = flags.model != parser.get_default("model")
     return flags

@@ -89,11 +89,13 @@ class Output:
         """Lines that say what will become of the run in the folder; steps: the run's, in all"""
         flags, run, lines = self.flags, self.run, []
         if run.resumed:
-            if os.path.realpath(run.model) != os.path.realpath(flags.model):
-                lines += [f"-e {flags.model} is ignored: the run that goes on began with -e {run.model}"]
+            began, changed = run.settings["-e"], [name for name in run.changed if name != "-e"]
+            other = flags.model_given and os.path.realpath(began) != os.path.realpath(flags.model)
+            notes = [f"-e {flags.model} ignored"] * other + [f"changed: {', '.join(changed)}"] * bool(changed)
+            lines += [f"resuming {began} from {self.folder}, step {run.step} of {steps}"
+                      + (f" ({'; '.join(notes)})" if notes else "")]
             if run.step >= steps:
-                lines += [f"no step is left: the checkpoint is of step {run.step}, the run's last step is -x {steps}\n"
-                          "---> HINT: a greater -x goes on from it"]
+                lines += ["the run has finished: no step is left\n---> HINT: a greater -x goes on from it"]
         elif self.folder and flags.resume:
             lines += [f"no complete checkpoint in {self.folder}: starting from {flags.model}"]
         elif self.folder and complete_checkpoints(self.folder):

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import math
 import platform
+import shutil
 import time
 from collections import Counter
 from datetime import timedelta
@@ -21,6 +22,7 @@ class Report:
         self.flags, self.processes = flags, processes
         self.loss = self.val_loss = math.nan
         self.steps, self.seconds, self.best = 0, 0.0, math.inf  # of training steps so far
+        self.weighted = self.weights = 0.0  # of their losses
         self.kernels = Counter()  # seconds in each
 
     def say(self, *lines, end="\n"):
@@ -55,8 +57,7 @@ class Report:
         if tokenizer.tokens is None and flags.sample_every:
             self.say("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
                      "---> HINT: `make data` writes it")
-        if run.step:
-            self.say(f"resuming from step {run.step}")
+        self.run, self.epoch = run, 0 if flags.overfit_single_batch else run.loader.num_tokens
         self.flops = flags.total_batch_size * run.engine.flops_per_token(flags.sequence_length)
         self.peak = self.processes.sum(run.engine.peak())
         self.last_step, self.start = last_step, time.perf_counter()
@@ -98,16 +99,33 @@ class Report:
         seconds = time.perf_counter() - self.step_start
         self.loss, self.steps, self.seconds = loss, self.steps + 1, self.seconds + seconds
         self.best = min(self.best, seconds)
-        line = (f"step {step}: train loss {loss:f} (took {1000 * seconds:f} ms) | norm {norm:.4f} "
-                f"| lr {learning_rate:.2e} | {100 * self.flops / seconds / self.peak:.1f}% MFU "
-                f"| {self.flags.total_batch_size / seconds:.0f} tok/s")
-        left = self.seconds / self.steps * (self.last_step - step - 1)
-        line += f" | {timedelta(seconds=int(left))} left" if left > 60 else ""
+        self.weighted, self.weights = 0.95 * self.weighted + 0.05 * loss, 0.95 * self.weights + 0.05
+        if skipped or step % self.flags.log_every == 0 or step == self.last_step - 1:
+            self.say(self.step_line(step, loss, norm, learning_rate, seconds, skipped))
+        self.output.log(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
+
+    def step_line(self, step, loss, norm, learning_rate, seconds, skipped):
+        """What is said of a step. Where a terminal is narrow, what says the least is left out; a file has 100 columns
+        (COLUMNS has another number)."""
+        left = int(self.seconds / self.steps * (self.last_step - step - 1))
+        left = timedelta(seconds=left) if left >= 3600 else f"{left // 60}:{left % 60:02}"
+        batch, milliseconds = self.flags.total_batch_size, 1000 * seconds
+        digits = 3 if milliseconds < 100 else 1 if milliseconds < 1000 else 0
+        line = {"step": f"step {step}/{self.last_step}", "epoch": "",
+                "loss": f": train loss {loss:f} (took {milliseconds:.{digits}f} ms)",
+                "mean": f" | mean {self.weighted / self.weights:.3f}", "norm": f" | norm {norm:.4f}",
+                "rate": f" | lr {learning_rate:.2e}", "MFU": f" | {100 * self.flops / seconds / self.peak:.1f}% MFU",
+                "speed": f" | {batch / seconds:.0f} tok/s",
+                "left": f" | {left} left"}
+        if self.epoch and self.last_step * batch > self.epoch:
+            line["epoch"] = f" (epoch {(self.run.tokens + batch) / self.epoch:.1f})"
         if skipped:
             loss_score, norm_score = skipped.scores
-            line += f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}"
-        self.say(line)
-        self.output.log(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
+            line["skip"] = f" | update skipped: z-scores of loss {loss_score:.1f}, norm {norm_score:.1f}"
+        for name in "MFU", "rate", "speed", "epoch", "norm", "mean", "left":  # the least first
+            if sum(map(len, line.values())) > shutil.get_terminal_size((100, 24)).columns:
+                line[name] = ""
+        return "".join(line.values())
 
     # the end
 
@@ -123,8 +141,12 @@ class Report:
         total = time.perf_counter() - self.start
         if self.steps:
             mean = self.seconds / self.steps
-            self.say(f"steps: {self.steps}", f"tokens: {self.steps * self.flags.total_batch_size}",
-                     f"final train loss: {self.loss:f}", f"final val loss: {self.val_loss:f}",
+            tokens, (steps_in_all, tokens_in_all) = self.steps * self.flags.total_batch_size, ("", "")
+            if self.run.resumed:
+                steps_in_all, tokens_in_all = (f" ({number} in all)" for number in (self.run.step, self.run.tokens))
+            self.say(f"steps: {self.steps}{steps_in_all}", f"tokens: {tokens}{tokens_in_all}",
+                     f"final train loss: {self.loss:f}",
+                     *([] if math.isnan(self.val_loss) else [f"final val loss: {self.val_loss:f}"]),
                      f"mean ms per step: {1000 * mean:.1f}", f"best ms per step: {1000 * self.best:.1f}",
                      f"tokens per second: {self.flags.total_batch_size / mean:.0f}",
                      f"MFU: {100 * self.flops / mean / self.peak:.1f}%",

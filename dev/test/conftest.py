@@ -10,6 +10,7 @@ from pathlib import Path
 # read the second: one thread, unless a test wants more. On a busy machine threads wait for each other.
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["COLUMNS"] = "200"  # lines that say all, wherever tests run
 
 import numba
 import numpy as np

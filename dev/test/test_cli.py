@@ -42,8 +42,9 @@ def cli(tiny, text, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # a run
 
-STEP = re.compile(rf"step ({COUNT}): train loss ({FLOAT}) \(took {FLOAT} ms\) \| norm ({FLOAT}) "
-                  rf"\| lr (\d\.\d\de[+-]\d\d) \| {FLOAT}% MFU \| {COUNT} tok/s")
+STEP = re.compile(rf"step ({COUNT})/{COUNT}(?: \(epoch {FLOAT}\))?: train loss ({FLOAT}) \(took {FLOAT} ms\) "
+                  rf"\| mean {FLOAT} \| norm ({FLOAT}) \| lr (\d\.\d\de[+-]\d\d) "
+                  rf"\| {FLOAT}% MFU \| {COUNT} tok/s \| [\d:]+ left")
 
 
 def test_lines_of_a_run(cli):
@@ -130,7 +131,7 @@ def test_interrupt_stops_after_the_step(python, tiny, text, pause):
     """Even when print() waits, since nobody has read the lines before it: the pause fills the pipe."""
     flags = f"-e {tiny} -i {text} -j {text} -b 2 -t 8 -x 1000000 -v 0 -s 0".split()
     run, out = python("train_gpt2.py", *flags, OMP_NUM_THREADS="1"), ""
-    while "step 3:" not in out:
+    while "step 3/" not in out:
         out += run.stdout.readline()
     time.sleep(pause)
     run.send_signal(signal.SIGINT)
@@ -178,7 +179,7 @@ def refused(cli, tmp_path):
         assert all(hint.startswith("---> HINT: ") for hint in hints), err
         for word in words:
             assert word in err
-        assert files(tmp_path) == before and "step 0" not in out
+        assert files(tmp_path) == before and "step 0/" not in out
     return refused
 
 
@@ -291,7 +292,7 @@ def test_counts_that_make_no_sense(refused, flags):
 
 def test_diverged_training(cli):
     status, out, err = cli("-x 10 -l 1e30")
-    assert status == 1 and re.match(r"error: step \d: .*diverged\n---> HINT: .*-l", err) and "step 0: train loss" in out
+    assert status == 1 and re.match(r"error: step \d: .*diverged\n---> HINT: .*-l", err) and "step 0/10" in out
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -40,7 +40,7 @@ def steps_in(folder):
 def test_a_reader_that_dies_before_the_run(python, given, out):
     """`... | tee log` and Ctrl-C: tee dies first. `... | head` ends while the run goes on."""
     run = python(*given("-x 1000000"), OMP_NUM_THREADS="1")
-    while "step 3:" not in run.stdout.readline():
+    while "step 3/" not in run.stdout.readline():
         pass
     run.stdout.close()
     before = steps_in(out)
@@ -83,7 +83,7 @@ def test_a_terminal_that_is_closed(given, out):
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, *given("-x 1000000")])
     shown = b""
-    while b"step 3:" not in shown:
+    while b"step 3/" not in shown:
         shown += os.read(terminal, 10000)
     os.close(terminal)
     assert os.waitpid(child, 0)[1] == 0

@@ -116,7 +116,7 @@ def test_killed_while_the_old_run_goes(train, out, monkeypatch, call):
 def test_both_flags(train, out):
     """-y 1 goes on where there is something; --overwrite 1 is for where there is not."""
     train("-x 2 -n 2")
-    assert "resuming from step 2" in train("-x 4 -n 2 -y 1 --overwrite 1")
+    assert "step 2 of" in train("-x 4 -n 2 -y 1 --overwrite 1")
 
 
 def test_a_mistake_leaves_no_folder(train, tmp_path):
@@ -200,22 +200,31 @@ def test_no_step_is_left(train, out, steps):
     train("-x 4 -n 2 -v 2")
     before = contents(out)
     printed = train(f"-x {steps} -n 2 -v 2 -y 1")
-    assert f"the checkpoint is of step 4, the run's last step is -x {steps}\n---> HINT: a greater -x" in printed
+    assert f", step 4 of {steps}\nthe run has finished: no step is left\n---> HINT: a greater -x" in printed
     assert contents(out) == before
     assert "HINT" not in train("-x 5 -n 2 -v 2 -y 1")
+
+
+def test_changed_flags_are_named(train, out):
+    train("-x 4 -n 2 -k linear -l 1e-3")
+    assert f"{out}, step 4 of 6\n" in train("-x 6 -n 2 -k linear -l 1e-3 -y 1 -v 3")
+    assert f"{out}, step 6 of 8 (changed: -k, -l)\n" in train("-x 8 -n 2 -l 2e-3 -y 1")
+    printed = train("-x 9 -n 2 -l 2e-3 -y 1 -d 32")
+    assert "step 8 of 9 (changed: -d)\n" in printed and "\nsteps: 1 (9 in all)\ntokens: 32 (160 in all)\n" in printed
 
 
 def test_another_model_is_ignored(train, out, tiny, tmp_path):
     train("-x 4 -n 2")
     shutil.copy(tiny, tmp_path / "other.bin")
-    assert "is ignored" not in train("-x 6 -n 2 -y 1")
+    assert " ignored)" not in train("-x 6 -n 2 -y 1")
     for steps in 8, 10:
         printed = train(f"-x {steps} -n 2 -y 1 -e {tmp_path / 'other.bin'}")
-        assert f"-e {tmp_path / 'other.bin'} is ignored: the run that goes on began with -e {tiny}\n" in printed
+        assert (f"resuming {tiny} from {out}, step {steps - 2} of {steps} (-e {tmp_path / 'other.bin'} ignored)\n"
+                in printed)
     (tmp_path / "link.bin").symlink_to(tiny)
-    assert "is ignored" not in train(f"-x 10 -n 2 -y 1 -e {tmp_path / 'link.bin'}")
+    assert " ignored)" not in train(f"-x 10 -n 2 -y 1 -e {tmp_path / 'link.bin'}")
     (out / "run_00000010.json").unlink()  # llm.c's checkpoints do not say
-    assert "is ignored" not in train(f"-x 12 -n 2 -y 1 -e {tmp_path / 'other.bin'}")
+    assert " ignored)" not in train(f"-x 12 -n 2 -y 1 -e {tmp_path / 'other.bin'}")
 
 
 @pytest.mark.parametrize("name", ["model_00000004.bin", "state_00000004_00000.bin"])
@@ -230,7 +239,7 @@ def test_a_part_of_a_checkpoint_is_missing(train, spared, out, name, size, probl
     spared("-x 6 -n 2 -y 1", f"error: {out / name} is {problem}",
            f"remove {out / 'DONE_00000004'}: then -y 1 goes on {where}")
     (out / "DONE_00000004").unlink()
-    assert ("resuming from step 2" in train("-x 6 -n 2 -y 1")) == (kept == 2)
+    assert ("step 2 of" in train("-x 6 -n 2 -y 1")) == (kept == 2)
 
 
 def test_the_way_out_that_a_hint_names_is_open(train, out):
@@ -245,6 +254,6 @@ def test_the_way_out_that_a_hint_names_is_open(train, out):
 
 def test_no_validation_needs_no_validation_data(train, tmp_path):
     printed = train(f"-x 2 -v 0 -j {tmp_path / 'missing.bin'} -o {tmp_path / 'first'}")
-    assert "step 1:" in printed and "val loss:" in printed
+    assert "step 1/" in printed and "val loss" not in printed and "nan" not in printed
     assert "missing.bin" in train(f"-x 2 -v 1 -j {tmp_path / 'missing.bin'}", status=1)
     assert "missing.bin" in train(f"-x 2 -v 0 -a 1 -j {tmp_path / 'missing.bin'}", status=1)

@@ -97,7 +97,7 @@ def run(flags, out):
 
 def losses(output):
     """Training losses and gradient norms"""
-    return np.array(re.findall(r"^step \d+: train loss (\S+) .*? norm (\S+) ", output, re.MULTILINE), float).T
+    return np.array(re.findall(r"^step \d+/\d+.*: train loss (\S+) .*? norm (\S+) ", output, re.MULTILINE), float).T
 
 
 def validations(output):
@@ -271,7 +271,7 @@ def test_killed_run_goes_on(run, tmp_path, stage):
     killed = run(2, f"{text} {out}", AT_STEP.format(step=5, fault="os.kill(os.getpid(), signal.SIGKILL)"), status=None)
     assert time.time() - float(re.search(r"now (\S+)", killed)[1]) < 10
     assert (out / "DONE_00000003").exists() and not (out / "DONE_00000006").exists()
-    assert "resuming from step 3" in run(2, f"{text} {out} -y 1")
+    assert "step 3 of" in run(2, f"{text} {out} -y 1")
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -308,7 +308,7 @@ def test_runs_that_cannot_go_on(run, out):
 def test_a_fault_ends_all(run, fault, words):
     output = run(3, "-x 100000", AT_STEP.format(step=5, fault=fault), status=None)
     assert time.time() - float(re.search(r"now (\S+)", output)[1]) < 10
-    assert words in output and "step 2: " in output and "step 3: " not in output  # run_kernels() is a step, too
+    assert words in output and "step 2/" in output and "step 3/" not in output  # run_kernels() is a step, too
 
 
 DEATH = """
@@ -400,10 +400,10 @@ def wait_for(process, words):
 
 def test_signal_and_stop_file(job, out, run):
     process, pids = job(3, "-x 100000 -n 50000")
-    wait_for(process, "step 20:")
+    wait_for(process, "step 20/")
     os.kill(pids[1], signal.SIGUSR1)
     asked = int(wait_for(process, "checkpoint of step").split()[3])
-    wait_for(process, f"step {asked + 5}:")
+    wait_for(process, f"step {asked + 5}/")
     (out / "STOP").touch()
     wait_for(process, "STOP: stopping")
     stopped = int(wait_for(process, "checkpoint of step").split()[3])
@@ -411,13 +411,13 @@ def test_signal_and_stop_file(job, out, run):
     names = [f"{kind}_{step:08d}{rest}" for step in (asked, stopped) for kind, rest in (
         ("DONE", ""), ("model", ".bin"), ("run", ".json"), *(("state", f"_{rank:05d}.bin") for rank in range(3)))]
     assert asked < stopped and sorted(contents(out)) == sorted([*names, "main.log"])
-    assert f"resuming from step {stopped}" in run(3, f"-x {stopped + 1} -y 1")
+    assert f"step {stopped} of" in run(3, f"-x {stopped + 1} -y 1")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_one_process_stops_all(job, out, number):
     process, pids = job(2, "-x 100000")
-    wait_for(process, "step 20:")
+    wait_for(process, "step 20/")
     os.kill(pids[1], number)
     step = int(wait_for(process, "checkpoint of step").split()[3])
     assert process.wait(20) == 0 and (out / f"DONE_{step:08d}").exists()

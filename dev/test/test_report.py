@@ -50,9 +50,11 @@ def clock(monkeypatch):
 @pytest.fixture
 def begun(clock, capfd):
     """begun("--profile 1", ...): a report of a run that is about to make its first of 10 steps"""
-    def begun(text="", step=0, processes=None):
+    def begun(text="", step=0, processes=None, epoch=1000):
         report = Report(parse_flags(f"-b 2 -t 8 -d 32 -s 0 {text}".split()), processes or Processes())
-        report.begin(SimpleNamespace(engine=Engine(), step=step), 10, SimpleNamespace(tokens=None), Output())
+        run = SimpleNamespace(engine=Engine(), step=step, tokens=32 * step, resumed=None,
+                              loader=SimpleNamespace(num_tokens=epoch))
+        report.begin(run, 10, SimpleNamespace(tokens=None), Output())
         return report
     return begun
 
@@ -67,18 +69,69 @@ def test_a_step(begun, clock, capfd):
     report = begun()
     assert capfd.readouterr().out == "a log of 10 steps\n"
     make_step(report, clock, 0.5, 3, 4.25, 1.5, 3e-4)
-    assert capfd.readouterr().out == ("step 3: train loss 4.250000 (took 500.000000 ms) | norm 1.5000 | lr 3.00e-04 "
-                                      "| 100.0% MFU | 64 tok/s\n")
+    assert capfd.readouterr().out == ("step 3/10: train loss 4.250000 (took 500.0 ms) | mean 4.250 | norm 1.5000 "
+                                      "| lr 3.00e-04 | 100.0% MFU | 64 tok/s | 0:03 left\n")
     assert report.output.lines == ["s:3 trl:4.2500 lr:0.000300 norm:1.50"]
 
 
-@pytest.mark.parametrize("seconds, step, left", [(60, 8, ""), (61, 8, "0:01:01"), (61, 9, ""), (3600, 0, "9:00:00"),
-                                                 (20_000, 0, "2 days, 2:00:00")])
+@pytest.mark.parametrize("seconds, step, left", [(1, 8, "0:01"), (61, 8, "1:01"), (61, 9, "0:00"),
+                                                 (3600, 0, "9:00:00"), (20_000, 0, "2 days, 2:00:00")])
 def test_time_left(begun, clock, capfd, seconds, step, left):
-    """It is said where it is more than a minute: the mean of the steps so far, for each that is to come."""
+    """To the end: the mean of the steps so far, for each that is to come."""
     report = begun()
     make_step(report, clock, seconds, step, 4.0, 1.0, 1e-3)
-    assert re.findall(r"tok/s \| (.*) left$", capfd.readouterr().out, re.MULTILINE) == ([left] if left else [])
+    assert re.findall(r"tok/s \| (.*) left$", capfd.readouterr().out, re.MULTILINE) == [left]
+
+
+def test_smoothed_loss(begun, clock, capfd):
+    """The mean of all losses, in which one weighs 0.95 of what the next one does"""
+    report = begun()
+    for step, loss in enumerate((4.0, 3.0, 5.0)):
+        make_step(report, clock, 1, step, loss, 1.0, 1e-3)
+    mean = (0.95**2 * 4 + 0.95 * 3 + 5) / (0.95**2 + 0.95 + 1)
+    assert capfd.readouterr().out.splitlines()[-1].split(" | ")[1] == f"mean {mean:.3f}"
+
+
+def test_epochs(begun, clock, capfd):
+    """They are counted where a run of 10 steps of 32 tokens has more than one."""
+    make_step(begun(epoch=128), clock, 1, 3, 4.0, 1.0, 1e-3)
+    make_step(begun("-a 1", epoch=128), clock, 1, 3, 4.0, 1.0, 1e-3)
+    make_step(begun(epoch=320), clock, 1, 3, 4.0, 1.0, 1e-3)
+    make_step(begun(step=4, epoch=128), clock, 1, 4, 4.0, 1.0, 1e-3)
+    starts = [line.split(":")[0] for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert starts == ["step 3/10 (epoch 0.2)", "step 3/10", "step 3/10", "step 4/10 (epoch 1.2)"]
+
+
+@pytest.mark.parametrize("columns, parts", [
+    (200, "epoch 3.0|took|mean|norm|lr|MFU|tok/s|left"), (110, "epoch 3.0|took|mean|norm|tok/s|left"),
+    (100, "epoch 3.0|took|mean|norm|left"), (80, "took|mean|left"), (62, "took|left"), (20, "took"),
+])
+def test_narrow_terminals(begun, clock, capfd, monkeypatch, columns, parts):
+    report = begun(step=11, epoch=128)
+    report.last_step = 120
+    monkeypatch.setenv("COLUMNS", str(columns))
+    make_step(report, clock, 0.5, 11, 4.0, 1.0, 1e-3)
+    line = capfd.readouterr().out.splitlines()[-1]
+    everything = "epoch 3.0|took|mean|norm|lr|MFU|tok/s|left".split("|")
+    assert [part for part in everything if part in line] == parts.split("|")
+    assert line.startswith("step 11/120") and (len(line) <= columns or columns < 62)
+
+
+def test_a_file_has_100_columns(begun, clock, capfd, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    report = begun()
+    report.last_step = 20000
+    make_step(report, clock, 1, 12345, 4.0, 1.0, 1e-3)
+    line = capfd.readouterr().out.splitlines()[-1]
+    assert 80 < len(line) <= 100 and line.endswith(" left") and "| mean 4.000 | norm 1.0000" in line
+
+
+def test_log_every(begun, clock, capfd):
+    report = begun("--log_every 4")
+    for step in range(10):
+        make_step(report, clock, 1, step, 4.0, 1.0, 1e-3)
+    assert re.findall(r"^step (\d)", capfd.readouterr().out, re.MULTILINE) == ["0", "4", "8", "9"]
+    assert len(report.output.lines) == 10
 
 
 def test_a_skipped_update(begun, clock, capfd):
@@ -116,6 +169,17 @@ def test_the_end(begun, clock, capfd):
     assert re.fullmatch(r"peak memory: [\d,]+ MiB", memory)
 
 
+def test_the_end_of_a_run_that_went_on(begun, clock, capfd):
+    report = begun("-v 0")
+    make_step(report, clock, 1, 7, 4.0, 1.0, 1e-3)
+    report.run.step, report.run.tokens, report.run.resumed = 8, 256, (7, True)
+    capfd.readouterr()
+    report.end()
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[:3] == ["steps: 1 (8 in all)", "tokens: 32 (256 in all)", "final train loss: 4.000000"]
+    assert not any("val" in line for line in lines)
+
+
 def test_the_end_of_no_step(begun, capfd):
     report = begun()
     capfd.readouterr()
@@ -140,7 +204,7 @@ def test_a_profile(begun, clock, capfd):
 def test_where_a_run_begins(begun, capfd):
     begun("-s 5", step=7)
     out = capfd.readouterr().out
-    assert "resuming from step 7\n" in out and "samples are printed as token numbers\n---> HINT: " in out
+    assert "samples are printed as token numbers\n---> HINT: " in out
 
 
 @pytest.mark.parametrize("count", [0, 3])

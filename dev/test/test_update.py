@@ -93,5 +93,5 @@ def test_accumulation_in_a_run(really_train, tiny, shards):
         model.backward()
         expected += [loss, model.grad_norm()]
         model.update(step, 1e-2, grad_clip=0.5)
-    got = re.findall(r"^step \d: train loss (\S+) .*norm (\S+)", printed, re.MULTILINE)
+    got = re.findall(r"^step \d/\d+.*: train loss (\S+) .*norm (\S+)", printed, re.MULTILINE)
     assert [float(number) for line in got for number in line] == pytest.approx(expected, rel=1e-4)
