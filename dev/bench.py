@@ -48,6 +48,7 @@ import numpy as np
 from numba import prange
 
 import train_gpt2 as t
+from dev.run.arguments import Parser
 from dev.run.checkpoints import write_model
 from dev.run.console import open_console
 from dev.run.engine import DECAYED, aligned
@@ -552,8 +553,8 @@ def machine():
 
 
 def parse_flags(argv):
-    parser = argparse.ArgumentParser(prog="python -m dev.bench", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dev.bench", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="leave out the longest batch")
     add("--torch", action="store_true", help="also measure PyTorch, eager and compiled")

@@ -12,12 +12,12 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 from pathlib import Path
 
 from dev.data.command_line import DATA, run, show
 from dev.data.download import HF, download, remote_size
 from dev.data.vocabulary import TOKENIZER_SHA256
+from dev.run.arguments import Parser
 
 URL = f"{HF}/datasets/karpathy/llmc-starter-pack/resolve/main"
 
@@ -36,7 +36,7 @@ FILES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fetch llm.c's starter pack")
+    parser = Parser(description="Fetch llm.c's starter pack")
     parser.add_argument("--all", action="store_true", help="also what only tests and evaluations need")
     parser.add_argument("--data_dir", type=Path, default=DATA, help="where the files go (default: data/)")
     parser.add_argument("--base_url", default=URL, help="where the files come from")

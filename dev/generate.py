@@ -15,11 +15,11 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import contextlib
 import sys
 import time
 
+from dev.run.arguments import Defaults, Parser
 from dev.run.console import lose, open_console, say
 from dev.run.flags import add_device
 from dev.run.text import Sampler, Tokenizer, encode, generate
@@ -28,8 +28,8 @@ from train_gpt2 import build
 
 
 def parse_flags(argv):
-    parser = argparse.ArgumentParser(prog="python -m dev.generate", description=__doc__.strip().splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="python -m dev.generate", description=__doc__.strip().splitlines()[0],
+                    formatter_class=Defaults)
     flag = parser.add_argument
     flag("-e", "--model", default="data/gpt2_124M.bin",
          help="a checkpoint, or a descriptor of random weights: d6, d12, of any shape gpt2:l4c256h4 …")

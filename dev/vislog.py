@@ -18,6 +18,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from dev.run.arguments import Parser
 from dev.run.console import open_console
 
 # What OpenAI's checkpoints reach: validation loss on FineWeb and HellaSwag accuracy, as in llm.c's dev/vislog.ipynb.
@@ -204,8 +205,8 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
 
 def main(argv=None):
     open_console()
-    parser = argparse.ArgumentParser(prog="vislog.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="vislog.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder or log, optionally as NAME=PATH")
     parser.add_argument("-o", "--output", default="runs.png", help="the picture: .png, .svg or .pdf")
     parser.add_argument("--smooth", type=int,

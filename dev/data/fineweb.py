@@ -15,7 +15,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import json
 
 from dev.data.command_line import add_common_flags, run
@@ -23,6 +22,7 @@ from dev.data.download import HF, download
 from dev.data.readers import read_parquet
 from dev.data.shards import ShardWriter, check_shard
 from dev.data.tokenising import pieces, tokenize
+from dev.run.arguments import Parser
 
 REPOSITORIES = {"classic": ("fineweb", "HuggingFaceFW/fineweb"), "edu": ("edu_fineweb", "HuggingFaceFW/fineweb-edu")}
 READY = "karpathy/fineweb-edu-100B-gpt2-token-shards"  # 100 B tokens of FineWeb-Edu: val_000000, train_000001 … 001001
@@ -61,7 +61,7 @@ def fetch_ready(base_url, folder, shards):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="FineWeb into token shards")
+    parser = Parser(description="FineWeb into token shards")
     parser.add_argument("-t", "--type", choices=("classic", "edu"), default="classic")
     parser.add_argument("-v", "--version", choices=("10B", "100B"), default="10B", help="which sample, in tokens")
     parser.add_argument("-n", "--num_shards", type=int, help="shards for training (default: all there are)")

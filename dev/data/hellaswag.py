@@ -10,13 +10,13 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import json
 
 from dev.data.command_line import add_common_flags, run
 from dev.data.download import download
 from dev.data.shards import write_evalfile
 from dev.data.vocabulary import get_encoder
+from dev.run.arguments import Parser
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
 
@@ -37,7 +37,7 @@ def examples(path, encoder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="HellaSwag into an evaluation set")
+    parser = Parser(description="HellaSwag into an evaluation set")
     parser.add_argument("--split", choices=("val", "train"), default="val")
     parser.add_argument("--base_url", default=URL, help="where hellaswag_{val,train}.jsonl come from")
     add_common_flags(parser)

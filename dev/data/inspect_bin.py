@@ -12,7 +12,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import os
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 from dev.data.command_line import DATA, run
 from dev.data.download import file_sha256
 from dev.data.vocabulary import EOT, VOCAB_SIZE
+from dev.run.arguments import Parser
 from dev.run.files import (
     DEBUG_STATE_MAGIC,
     EVAL_MAGIC,
@@ -249,7 +249,7 @@ def inspect(path, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What is in a .bin file?")
+    parser = Parser(description="What is in a .bin file?")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--sha256", action="store_true", help="print the files' sha256 too")
     parser.add_argument("--data_dir", type=Path, default=DATA, help="where gpt2_tokenizer.bin is (default: data/)")

@@ -13,7 +13,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import csv
 import io
 import tarfile
@@ -22,6 +21,7 @@ from dev.data.command_line import add_common_flags, run
 from dev.data.download import download
 from dev.data.shards import write_evalfile
 from dev.data.vocabulary import get_encoder
+from dev.run.arguments import Parser
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 
@@ -43,7 +43,7 @@ def examples(path, split, encoder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="MMLU into an evaluation set")
+    parser = Parser(description="MMLU into an evaluation set")
     parser.add_argument("--split", choices=("test", "val", "dev"), default="test")
     parser.add_argument("--url", default=URL, help="where data.tar comes from")
     add_common_flags(parser)

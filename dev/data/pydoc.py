@@ -12,7 +12,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from dev.data.command_line import add_common_flags, run
 from dev.data.shards import write_datafile
 from dev.data.vocabulary import get_encoder, write_tokenizer
+from dev.run.arguments import Parser
 
 
 def tokenize(topics, encoder):
@@ -31,7 +31,7 @@ def tokenize(topics, encoder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Python's language reference into token shards")
+    parser = Parser(description="Python's language reference into token shards")
     add_common_flags(parser)
     args = parser.parse_args()
     for split, tokens in tokenize(topics, get_encoder(args.tokenizer)).items():

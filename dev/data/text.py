@@ -21,7 +21,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import glob
 import os
 import shlex
@@ -33,6 +32,7 @@ from dev.data.readers import EXTENSIONS, PACKED, Reader, named_like_text
 from dev.data.shards import ShardWriter
 from dev.data.tokenising import HoldOut, pieces, tokenize
 from dev.data.vocabulary import end_of_text
+from dev.run.arguments import Parser
 
 
 class Corpus:
@@ -130,7 +130,7 @@ def flags_for_training(writers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Your own text into token shards")
+    parser = Parser(description="Your own text into token shards")
     parser.add_argument("paths", nargs="+", type=Path, help="files, folders, or - for standard input")
     parser.add_argument("--name", help="name of the result (default: of the first path)")
     parser.add_argument("--field", default="text", help="name in .jsonl and .json, or column of .csv, .tsv and "

@@ -13,13 +13,13 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 from pathlib import Path
 
 from dev.data.command_line import add_common_flags, run
 from dev.data.download import download
 from dev.data.shards import write_datafile
 from dev.data.vocabulary import get_encoder, write_tokenizer
+from dev.run.arguments import Parser
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -39,7 +39,7 @@ def tokenize(text, encoder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tiny Shakespeare into token shards")
+    parser = Parser(description="Tiny Shakespeare into token shards")
     parser.add_argument("--input", type=Path, help="a local copy of the text, instead of downloading it")
     add_common_flags(parser)
     args = parser.parse_args()

@@ -12,7 +12,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import json
 import random
 import re
@@ -23,6 +22,7 @@ from dev.data.command_line import add_common_flags, run, show
 from dev.data.download import HF, download
 from dev.data.shards import ShardWriter
 from dev.data.tokenising import pieces, tokenize
+from dev.run.arguments import Parser
 from dev.run.files import NewFile
 
 URL = f"{HF}/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
@@ -78,7 +78,7 @@ def stream(files, read):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="TinyStories into token shards")
+    parser = Parser(description="TinyStories into token shards")
     parser.add_argument("--url", default=URL, help="where TinyStories_all_data.tar.gz comes from")
     add_common_flags(parser, workers=True)
     args = parser.parse_args()

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 from dev.data.command_line import DATA, run, show
+from dev.run.arguments import Parser
 
 OURS, INK, GRID = "#0a7e8c", "#333333", "#dddddd"
 PEERS = {"PyTorch": "#e8924a", "llm.c": "#a8adb3"}
@@ -178,7 +179,7 @@ def plot(measured, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", nargs="*", default=[DATA / "bench.json"],
                         help="what dev/bench.py wrote (data/bench.json)")
     parser.add_argument("-o", "--output", default=str(Path(__file__).with_name("step_time.svg")),

@@ -10,9 +10,9 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 import math
 
+from dev.run.arguments import Defaults, Parser
 from dev.run.config import descriptor_config, parameter_table
 from dev.run.engine import size_of
 
@@ -35,7 +35,7 @@ def step_seconds(config, machines, tokens, micro_batches, T, flops, bandwidth, l
 
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(formatter_class=Defaults)
     parser.add_argument("--tflops", type=float, default=0.8, help="that a machine reaches in training")
     parser.add_argument("--share", type=float, default=0.55, help="of the link's bits that a sum uses")
     parser.add_argument("--latency", type=float, default=50e-6, help="seconds")

@@ -12,12 +12,12 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from dev.data.command_line import run, show
+from dev.run.arguments import Parser
 from dev.run.config import model_header
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, read_header, to_bfloat16
 from dev.run.vocabulary import beside
@@ -90,7 +90,7 @@ def keep_tokenizer(folder, path):
 
 def converter(description, source, result):
     """A parser with the flags that all converters have; -d is theirs to add."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("-i", "--input", required=True, help=source)
     parser.add_argument("-o", "--output", required=True, type=Path, help=result)
     return parser

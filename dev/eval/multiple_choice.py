@@ -4,10 +4,10 @@ The command line of hellaswag.py and mmlu.py: the accuracy of a checkpoint on a 
 train_gpt2.py reports the same during training (-h 1).
 """
 
-import argparse
 import os
 
 from dev.data.command_line import Progress, say
+from dev.run.arguments import Parser
 from dev.run.flags import add_device
 from dev.run.multiple_choice import accuracy, read_examples, score
 from train_gpt2 import build
@@ -15,7 +15,7 @@ from train_gpt2 import build
 
 def main(name, path):
     """name: of the set and, in lower case, of the script in dev/data that writes it; path: where that puts it"""
-    parser = argparse.ArgumentParser(description=f"The accuracy of a checkpoint on {name}")
+    parser = Parser(description=f"The accuracy of a checkpoint on {name}")
     parser.add_argument("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint (default: %(default)s)")
     add_device(parser)
     parser.add_argument("-i", "--input", default=path, help="the evaluation set (default: %(default)s)")

@@ -5,6 +5,7 @@ import argparse
 import functools
 import math
 
+from dev.run.arguments import Defaults, Parser
 from dev.run.processes import launched
 
 # the flags that are an engine's options, by its device: others are ignored there
@@ -21,19 +22,17 @@ def add_device(parser):
                         help="what products read; default: fp32, on a GPU bf16")
 
 
-def explain(parser, error, message):
-    """argparse's error, but for a bare -h, by which most programs mean help"""
-    if message.startswith("argument -h/") and "expected one argument" in message:
-        parser.exit(2, f"{parser.prog}: error: -h is HellaSwag, as in llm.c, and needs a 1 or a 0\n"
-                       "---> HINT: --help lists the flags\n")
-    error(message)
+def explain(error, message):
+    """The parser's error, but for a bare -h, by which most programs mean help"""
+    bare = message.startswith("argument -h/") and "expected one argument" in message
+    error("-h is HellaSwag, as in llm.c, and needs a 1 or a 0" if bare else message)
 
 
 def parse_flags(argv):
     """The flags as attributes, the micro-batches of a step, options: an engine's own flags, and settings.
     ValueError for values that make no sense"""
-    parser = argparse.ArgumentParser(
-        "train_gpt2.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    parser = Parser(
+        "train_gpt2.py", add_help=False, formatter_class=Defaults, allow_abbrev=False,
         description="Trains GPT-2. Flags have the short names of llm.c's trainer; 0 is off wherever one says `every`.")
     ranges, destinations = {}, {}
 
@@ -41,7 +40,7 @@ def parse_flags(argv):
         action = parser.add_argument(*names.split(), default=default, type=kind or type(default), help=text, **more)
         ranges[action.dest], destinations[names.split()[0]] = (least, below), action.dest
     parser.add_argument("--help", action="help", help="show this help")
-    parser.error = functools.partial(explain, parser, parser.error)
+    parser.error = functools.partial(explain, parser.error)
     # data and model
     flag("-i --input_bin", "data/tinyshakespeare/tiny_shakespeare_train.bin", "train shards, a glob pattern")
     flag("-j --input_val_bin", "data/tinyshakespeare/tiny_shakespeare_val.bin", "validation shards, a glob pattern")

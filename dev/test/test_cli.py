@@ -157,6 +157,7 @@ def test_help(capsys):
     pairs = {"-e": "model", "-i": "input_bin", "-j": "input_val_bin", "-b": "batch_size", "-t": "sequence_length",
              "-x": "num_iterations", "-l": "learning_rate", "-c": "weight_decay", "-v": "val_loss_every",
              "-m": "val_max_steps", "-s": "sample_every", "-g": "gen_tokens", "-a": "overfit_single_batch"}
+    assert "None" not in out and "(default: )" not in out and "(default: 0.0001)" in out
     for short, long in pairs.items():
         assert re.search(rf"^ +{short}\b.* --{long}\b", out, re.MULTILINE), short
 
@@ -328,4 +329,16 @@ def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         train_gpt2.main(flags.split())
     out, err = capsys.readouterr()
-    assert out == "" and "train_gpt2.py: error: " in err
+    assert out == "" and re.fullmatch(r"train_gpt2\.py: error: .* \(--help lists the flags\)\n", err)
+
+
+@pytest.mark.parametrize("flags, closest", [
+    ("--lerning_rate 1", "--learning_rate"), ("--batch 3", "--batch_size"),
+    ("-x 3 --learning-rate=1e-3", "--learning_rate"),
+    ("-lr 1", "-l"), ("--nothing_like_it 1", None),
+])
+def test_the_closest_flag(flags, closest, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        train_gpt2.main(flags.split())
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.findall(r"is (\S+) meant\?", err) == ([closest] if closest else [])

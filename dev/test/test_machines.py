@@ -293,5 +293,5 @@ def test_samplers_that_make_no_sense(python, tiny, name, value):
 def test_a_bare_h_points_to_help(capsys, given):
     with pytest.raises(SystemExit, match="^2$"):
         train_gpt2.main(given.split())
-    assert capsys.readouterr().err == ("train_gpt2.py: error: -h is HellaSwag, as in llm.c, and needs a 1 or a 0\n"
-                                       "---> HINT: --help lists the flags\n")
+    assert capsys.readouterr().err == ("train_gpt2.py: error: -h is HellaSwag, as in llm.c, and needs a 1 or a 0 "
+                                       "(--help lists the flags)\n")
