@@ -50,7 +50,7 @@ from numba import prange
 import train_gpt2 as t
 from dev.run.arguments import Parser
 from dev.run.checkpoints import write_model
-from dev.run.console import open_console
+from dev.run.console import complaint, open_console
 from dev.run.engine import DECAYED, aligned
 from dev.run.files import SHARD_MAGIC, write_file
 from dev.run.machine import available_cpus, peak_memory
@@ -629,7 +629,7 @@ def main(argv=None):
         else:
             run(flags)
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(complaint(error))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 import time
 
 from dev.run.arguments import Defaults, Parser
-from dev.run.console import lose, open_console, say
+from dev.run.console import lose, program, say
 from dev.run.flags import add_device
 from dev.run.text import Sampler, Tokenizer, encode, generate
 from dev.run.vocabulary import own_vocabulary
@@ -67,10 +67,10 @@ def run(flags):
     config, own = engine.config, own_vocabulary(flags.model)
     tokenizer = own or Tokenizer()
     if own and own.tokens is None:
-        print(f"texts are printed as token numbers: {own.problem}", file=sys.stderr)
+        say(f"texts are printed as token numbers: {own.problem}", file=sys.stderr)
     elif tokenizer.tokens is None:
-        print("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it",
-              file=sys.stderr)
+        say("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it",
+            file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
     prompt = (own.encode if own else encode)(text) if text else [end]  # a text begins after the end of another
@@ -84,6 +84,8 @@ def run(flags):
             print("---\n" if sample else "", text, sep="", end="", flush=True)
             tokens = generate(engine, sampler, prompt, flags.tokens)
             count += write_sample(tokenizer, tokens, None if flags.past_end else end)
+    except BrokenPipeError:  # as in `| head`: nobody wants the rest
+        lose(sys.stdout)
     finally:
         seconds = time.perf_counter() - start
         say(f"\n{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tok/s", file=sys.stderr)
@@ -91,18 +93,7 @@ def run(flags):
 
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
-    open_console()
-    try:
-        run(parse_flags(argv))
-    except BrokenPipeError:  # as in `| head`: nobody wants the rest
-        lose(sys.stdout)
-    except (ValueError, OSError, MemoryError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        say(end="")  # what a full disk did not take is lost now, not by an error of Python's at the end
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return program(lambda: run(parse_flags(argv)))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from collections import defaultdict
 from pathlib import Path
 
 from dev.run.arguments import Parser
-from dev.run.console import open_console
+from dev.run.console import program
 
 # What OpenAI's checkpoints reach: validation loss on FineWeb and HellaSwag accuracy, as in llm.c's dev/vislog.ipynb.
 GPT2 = {"124M": (3.424958, 0.294463), "350M": (3.083089, 0.375224),
         "774M": (3.000580, 0.431986), "1558M": (2.831273, 0.488946)}
 COLORS = "#2563c9", "#d9662b", "#2a8f5f", "#8a4fbf", "#c2334d", "#7d6a1f", "#1f8a9c", "#5b5b5b"
+LARGEST = 1e30  # of the numbers in a log: a picture of greater ones cannot be drawn
 INK, FAINT, GRID = "#222222", "#767676", "#e6e6e6"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def read_log(path):
             values = {name: float(value) for name, value in (word.split(":") for word in words[2].split())}
         except (TypeError, ValueError):  # no match, not a number
             values = {"": math.nan}
-        if all(map(math.isfinite, values.values())):
+        if all(abs(value) < LARGEST for value in values.values()) and len(words[1]) < 16:
             for name, value in values.items():
                 streams[name][int(words[1])] = value
         else:
@@ -143,7 +144,10 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
 
     smooth: train losses are averaged over so many steps; otherwise over a fiftieth of the run.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("a plot needs matplotlib\n---> HINT: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
@@ -204,7 +208,11 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
 
 
 def main(argv=None):
-    open_console()
+    """The command line: see --help. Returns the exit status."""
+    return program(draw, argv)
+
+
+def draw(argv):
     parser = Parser(prog="vislog.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder or log, optionally as NAME=PATH")
@@ -215,30 +223,22 @@ def main(argv=None):
     parser.add_argument("--loss_max", type=float, help="upper end of the loss axis")
     parser.add_argument("--title", help="above the picture")
     flags = parser.parse_args(argv)
-    try:
-        if flags.smooth is not None and flags.smooth < 1:
-            raise ValueError(f"--smooth is a number of steps, 1 or more, not {flags.smooth}\n"
-                             "---> HINT: --smooth 1 draws the losses as they are")
-        for name in "loss_min", "loss_max":
-            if not math.isfinite(getattr(flags, name) or 0):
-                raise ValueError(f"--{name} is a loss, not {getattr(flags, name)}\n---> HINT: leave it out")
-        runs = []
-        for name, path in find_runs(flags.runs):
-            streams, malformed = read_log(path)
-            if malformed:
-                print(f"{path}: {malformed} malformed line{'s' * (malformed > 1)} skipped")
-            if not streams["trl"] and not streams["tel"]:
-                raise ValueError(f"{path}: there is no step in it")
-            runs.append((name, streams))
-        plot(runs, flags.output, flags.smooth, flags.loss_min, flags.loss_max, flags.title)
-    except ImportError:
-        print("error: a plot needs matplotlib\n---> HINT: pip install matplotlib", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if flags.smooth is not None and flags.smooth < 1:
+        raise ValueError(f"--smooth is a number of steps, 1 or more, not {flags.smooth}\n"
+                         "---> HINT: --smooth 1 draws the losses as they are")
+    for name in "loss_min", "loss_max":
+        if not math.isfinite(getattr(flags, name) or 0):
+            raise ValueError(f"--{name} is a loss, not {getattr(flags, name)}\n---> HINT: leave it out")
+    runs = []
+    for name, path in find_runs(flags.runs):
+        streams, malformed = read_log(path)
+        if malformed:
+            print(f"{path}: {malformed} malformed line{'s' * (malformed > 1)} skipped")
+        if not streams["trl"] and not streams["tel"]:
+            raise ValueError(f"{path}: there is no step in it")
+        runs.append((name, streams))
+    plot(runs, flags.output, flags.smooth, flags.loss_min, flags.loss_max, flags.title)
     print(f"wrote {flags.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,30 +2,20 @@
 What the command lines in dev/data and dev/eval share: flags, errors in one line, progress.
 """
 
-import concurrent.futures
 import os
 import sys
 import time
 from pathlib import Path
 
-from dev.run.console import open_console
+from dev.run import console
+from dev.run.console import program
 
 DATA = Path(__file__).resolve().parents[2] / "data"  # where the scripts put what they make
 
 
 def run(main):
-    """Call main(); bad input, a full disk, a dead network: one line on standard error, exit status 1."""
-    open_console()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nerror: interrupted; run the same command again")
-    except BrokenPipeError:
-        sys.exit(1)
-    except concurrent.futures.BrokenExecutor:
-        sys.exit("error: a worker process died\n---> HINT: out of memory? --workers 1 needs the least")
-    except (OSError, ValueError) as e:  # the exceptions of requests are OSErrors
-        sys.exit(f"error: {e}")
+    """Call main() and end the program: see program()"""
+    sys.exit(program(main))
 
 
 def add_common_flags(parser, workers=False, shard_size=None):
@@ -79,4 +69,4 @@ class Progress:
 def say(text):
     """Print a line, in the place of the progress that a terminal may be showing."""
     Progress.clear()
-    print(text, flush=True)
+    print(console.plain(text), flush=True)

@@ -5,8 +5,11 @@ either the old file or the whole new one.
 A file is a header of 256 int32, which begins with a magic number and a version, and then the data.
 """
 import os
+import stat
 
 import numpy as np
+
+from dev.run.console import shown
 
 HEADER_BYTES = 1024
 SHARD_MAGIC = 20240520        # tokens
@@ -15,6 +18,22 @@ MODEL_MAGIC = 20240326        # weights
 STATE_MAGIC = 20240527        # of a run that is to go on: AdamW's moments, where the data loader is
 DEBUG_STATE_MAGIC = 20240327  # for test_gpt2.py: a batch, and what PyTorch makes of it
 TOKENIZER_MAGIC = 20240328    # the bytes of each token
+
+
+def plain_file(path):
+    """The size of a file in bytes. ValueError where the path is no plain file: a pipe would be waited for, and a device
+    has no end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe" if stat.S_ISFIFO(found.st_mode) else "device"
+        raise ValueError(f"{shown(path)} is a {kind}, expected a file")
+    return found.st_size
+
+
+def open_file(path):
+    """A plain file, opened to read bytes"""
+    plain_file(path)
+    return open(path, "rb")
 
 
 def new_header(magic, version, *words):
@@ -28,10 +47,10 @@ def read_header(file, path, magic, versions):
     """The 256 int32 at the start of a file; ValueError unless they begin with the magic number and a known version."""
     header = np.frombuffer(file.read(HEADER_BYTES), np.int32, -1) if os.path.getsize(path) >= HEADER_BYTES else []
     if len(header) < 256 or header[0] != magic:
-        raise ValueError(f"{path}: not the right kind of file: its magic number is "
+        raise ValueError(f"{shown(path)}: not the right kind of file: its magic number is "
                          f"{header[0] if len(header) else 'missing'}, expected {magic}")
     if header[1] not in versions:
-        raise ValueError(f"{path}: version {header[1]}, expected {' or '.join(map(str, versions))}\n"
+        raise ValueError(f"{shown(path)}: version {header[1]}, expected {' or '.join(map(str, versions))}\n"
                          "---> HINT: write the file again with the scripts in dev/")
     return header
 
@@ -40,8 +59,17 @@ def check_size(path, expected):
     """ValueError unless the file has the size that its header implies"""
     size = os.path.getsize(path)
     if size != expected:
-        raise ValueError(f"{path}: {'truncated' if size < expected else 'too long'}: it has {size:,} bytes, its header "
-                         f"implies {expected:,}\n---> HINT: fetch or write it again")
+        raise ValueError(f"{shown(path)}: {'truncated' if size < expected else 'too long'}: it has {size:,} bytes, "
+                         f"its header implies {expected:,}\n---> HINT: fetch or write it again")
+
+
+def require_numbers(path, name, x):
+    """ValueError, with the names of a model and of a part of it, where not all of an array are finite numbers"""
+    with np.errstate(all="ignore"):
+        sound = x.size == 0 or np.isfinite(x.min()) and np.isfinite(x.max())
+    if not sound:
+        raise ValueError(f"{shown(path)}: {shown(name)} has values that are no finite numbers: it is damaged, or "
+                         "training has diverged\n---> HINT: take an earlier checkpoint, or fetch the model again")
 
 
 def to_bfloat16(x):
