@@ -9,7 +9,6 @@ It prints what llm.c's test prints, but its bounds are relative as well, so that
 and its exit status is 1 when anything is wrong.
 """
 import argparse
-import json
 import os
 import sys
 import time
@@ -17,8 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from dev.run.console import program
 from dev.run.engine import Tensors
-from dev.run.files import DEBUG_STATE_MAGIC, HEADER_BYTES, check_size, read_header
+from dev.run.files import DEBUG_STATE_MAGIC, HEADER_BYTES, check_size, open_file, read_header, require_numbers
+from dev.run.reading import read_json
 from train_gpt2 import build
 
 TINY = ("dev/test/gpt2_tiny.bin", "dev/test/gpt2_tiny_debug_state.bin")
@@ -41,13 +42,18 @@ NARROW = 256  # channels
 def read_state(path, engine):
     """Inputs, targets (B, T), logits (B*T, V), loss and gradients from a debug state; ValueError if it isn't whole."""
     V, N = engine.config.vocab_size, engine.num_parameters
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         B, T = (int(n) for n in read_header(file, path, DEBUG_STATE_MAGIC, (2,))[2:4])
+        if B < 1 or not 1 <= T <= engine.config.max_seq_len:
+            raise ValueError(f"{path}: its header says a batch of {B} times {T} tokens, and the model has "
+                             f"{engine.config.max_seq_len} positions")
         check_size(path, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + N))
         x, y = (np.fromfile(file, np.int32, B * T).reshape(B, T) for _ in range(2))
         logits = np.fromfile(file, np.float32, B * T * V).reshape(B * T, V)
         loss = float(np.fromfile(file, np.float32, 1)[0])
-        return x, y, logits, loss, Tensors(np.fromfile(file, np.float32, N), engine.table)
+        grads = np.fromfile(file, np.float32, N)
+        require_numbers(path, "what PyTorch made of the batch", np.concatenate([logits.ravel(), [loss], grads]))
+        return x, y, logits, loss, Tensors(grads, engine.table)
 
 
 def check_tensor(name, ours, theirs, bounds):
@@ -81,8 +87,7 @@ def check(model_path, state_path, device="cpu", precision=None, **options):
     reference_path, losses = os.path.splitext(state_path)[0] + ".json", LOSSES_124M
     settings = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
     if os.path.exists(reference_path):
-        with open(reference_path) as file:
-            reference = json.load(file)
+        reference = read_json(reference_path, {"losses": [float], **dict.fromkeys(settings, float)})
         losses, settings = reference["losses"], {name: reference[name] for name in settings}
     elif os.path.basename(state_path) != os.path.basename(GPT2_124M[1]):
         raise FileNotFoundError(f"no {reference_path}, which holds the losses of ten steps\n"
@@ -110,6 +115,11 @@ def check(model_path, state_path, device="cpu", precision=None, **options):
 
 
 def main(argv):
+    """The command line: see --help. Returns the exit status."""
+    return program(check_all, argv)
+
+
+def check_all(argv):
     parser = argparse.ArgumentParser("test_gpt2.py", description=__doc__.strip().split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="MODEL.bin STATE.bin", help="a checkpoint and its debug state")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -122,13 +132,9 @@ def main(argv):
     root = os.path.dirname(os.path.abspath(__file__))
     pairs = [args.files] if args.files else [[os.path.join(root, path) for path in pair] for pair in (TINY, GPT2_124M)]
     options = {} if args.device == "cpu" else {"tf32": args.tf32, "attention": args.attention}
-    try:
-        # every pair is checked, also after one that fails
-        results = [check(*pair, args.device, args.precision, **options) for pair in pairs
-                   if args.files or pair[0].endswith("tiny.bin") or os.path.exists(pair[1])]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    # every pair is checked, also after one that fails
+    results = [check(*pair, args.device, args.precision, **options) for pair in pairs
+               if args.files or pair[0].endswith("tiny.bin") or os.path.exists(pair[1])]
     return 0 if all(results) else 1
 
 

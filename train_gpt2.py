@@ -38,9 +38,9 @@ from numba.extending import intrinsic
 from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
-from dev.run.console import open_console
+from dev.run.console import BAD_INPUT, complaint, open_console
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, read_header
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, open_file, read_header, require_numbers
 from dev.run.flags import parse_flags
 from dev.run.folder import Output, own_folder
 from dev.run.machine import allow_amx, peak_memory, require_memory, shortest, threads_of
@@ -941,8 +941,8 @@ def read_checkpoint(path, params):
             file.readinto(params.memory.view(np.uint8))
         else:
             for chunk in np.array_split(params.memory.view(np.uint32), 1 + (params.memory.size >> 22)):
-                chunk[:] = np.fromfile(file, np.uint16, chunk.size)
-                chunk <<= 16  # a bfloat16 is the upper half of a float32
+                chunk[:] = np.fromfile(file, np.uint16, chunk.size).astype(np.uint32) << 16  # a float32's upper half
+    require_numbers(path, "the model", params.memory)
 
 
 def build(name, device="cpu", precision=None, processes=ALONE, **options):
@@ -1299,7 +1299,7 @@ class DataLoader:
                                     "Tiny Shakespeare's shards; dev/data/ has scripts for other text")
         self.shard_tokens = []
         for path in self.files:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 tokens = int(read_header(file, path, SHARD_MAGIC, (1,))[2])
             check_size(path, HEADER_BYTES + 2 * tokens)
             self.shard_tokens.append(tokens)
@@ -1411,7 +1411,7 @@ def train(flags, processes=ALONE):
     loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **known)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
-    examples = read_examples(HELLASWAG)[:flags.eval_examples or None] if flags.hellaswag_eval else []
+    examples = read_examples(HELLASWAG, **known)[:flags.eval_examples or None] if flags.hellaswag_eval else []
     tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     prompt = encode(flags.prompt) or [min(tokenizer.eot_token, engine.config.vocab_size - 1)]  # another text's end
     processes.agree(checkpoint=resume_step or 0, training_tokens=loader.num_tokens,
@@ -1488,8 +1488,8 @@ def main(argv=None):
         with own_folder(flags, processes):
             train(flags, processes)
         processes.close()
-    except (ValueError, OSError, MemoryError) as error:
-        return processes.fail(f"error: {error}", 1)
+    except BAD_INPUT as error:
+        return processes.fail(complaint(error), 1)
     except KeyboardInterrupt:
         return processes.fail("stopped", 130)
     return 0

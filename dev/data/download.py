@@ -5,6 +5,8 @@ Fetching files: whatever happens to the network, a file under its final name is 
 import errno
 import hashlib
 import os
+import re
+import shutil
 import socket
 import sys
 import time
@@ -14,8 +16,11 @@ from pathlib import Path
 import requests
 
 from dev.data.command_line import Progress, say, show
+from dev.run.console import shown
 
 HF = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+LARGEST = 1 << 40  # bytes of a file
+UNKNOWN = 1 << 32  # bytes of a file whose length the server does not say
 BACKOFF = 1.0  # seconds before the first retry, doubled for each one after it
 LONGEST_WAIT = 120  # a server that asks for more patience than this (Retry-After) is given up
 
@@ -28,11 +33,12 @@ class Retry(Exception):
         self.wait = wait
 
 
-def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=False):
+def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=False, most=LARGEST):
     """
     Fetch url into path; nothing happens when it is already there, unless `anew`. Returns path.
 
-    size and sha256, where known, are checked; the size is also checked against what the server says. The bytes go to
+    size and sha256, where known, are checked; the size is also checked against what the server says, and against the
+    room on the disk. A file whose length nobody knows may have UNKNOWN bytes, and no file more than `most`. They go to
     path.part, which an interrupted download leaves behind and the next one goes on from. Stalls (timeout, in seconds),
     lost connections and busy servers are retried with growing pauses, `retries` times in a row without any progress;
     a host that cannot be reached to begin with is an error at once. Proxies are taken from the environment, as ever
@@ -56,7 +62,7 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=Fa
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            _fetch(url, part, size, timeout, progress)
+            _fetch(url, part, size, timeout, progress, most)
             break
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
             # no answer to the first call: no network, no such host, a firewall; waiting will not help
@@ -66,6 +72,13 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=Fa
             problem, wait = _reason(e), 0.0
         except Retry as e:
             problem, wait, reached = str(e), e.wait, True
+        except requests.RequestException as e:
+            raise OSError(f"cannot download {url}: {_reason(e)}\n---> HINT: is this the right address?") from e
+        except OSError as e:
+            if e.errno is None:
+                raise
+            raise OSError(f"cannot write {show(part)}: {e.strerror}\n---> HINT: free some space, then run again: what "
+                          "is there will be kept") from e
         finally:
             progress.clear()
         failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
@@ -75,18 +88,32 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=Fa
         print(f"{path.name}: {problem}; trying again in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
     if sha256 is not None and (found := file_sha256(part)) != sha256:
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise ValueError(f"{url} has sha256 {found}, expected {sha256}\n---> HINT: run again to fetch it anew")
     os.replace(part, path)
     _identity_file(part).unlink(missing_ok=True)
     return path
 
 
-def _fetch(url, part, size, timeout, progress):
+def require_room(folder, needed):
+    """OSError where the disk of a folder has not so many bytes left"""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{show(folder)} has {free:,} bytes left on its disk, {needed:,} are needed\n"
+                      "---> HINT: free some space, or name another folder")
+
+
+def _number(text):
+    """A header's number of bytes, None where it is none"""
+    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
+
+
+def _fetch(url, part, size, timeout, progress, most):
     """One attempt: ask for what `part` lacks and append it. Returns when `part` is complete."""
     known = _identity_file(part)  # which file `part` is the beginning of: "ETag length"; without it, start over
     have = part.stat().st_size if part.exists() and known.exists() else 0
-    if have and known.read_text().endswith(f" {have}"):
+    identity = known.read_text(errors="replace")[:1000] if have else ""
+    if have and identity.endswith(f" {have}"):
         return  # stopped just before it was renamed
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -96,13 +123,13 @@ def _fetch(url, part, size, timeout, progress):
     with requests.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
         status = response.status_code
         if status == 416:  # `part` is longer than the file
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise Retry("the partial file does not fit; starting over")
         if status in (408, 425, 429, 500, 502, 503, 504):
-            raise Retry(f"HTTP status {status} ({response.reason})", _retry_after(response))
+            raise Retry(f"HTTP status {status} ({shown(response.reason)})", _retry_after(response))
         if status not in (200, 206):
             hint = "set HF_TOKEN, if this needs a login" if status in (401, 403) else "has it moved? Try a browser"
-            raise ValueError(f"{url} answers with HTTP status {status} ({response.reason})\n---> HINT: {hint}")
+            raise ValueError(f"{url} answers with HTTP status {status} ({shown(response.reason)})\n---> HINT: {hint}")
 
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise ValueError(f"{url} answers with a web page\n---> HINT: does this network want you to log in first?")
@@ -112,36 +139,45 @@ def _fetch(url, part, size, timeout, progress):
         length = response.headers.get("Content-Length")
         if status == 206:
             unit, _, total = response.headers.get("Content-Range", "").partition("/")
-            total = int(total) if total.isdigit() else None
+            total = _number(total)
             if not unit.startswith(f"bytes {have}-"):
-                part.unlink()
+                part.unlink(missing_ok=True)
                 raise Retry("the server sent another range than it was asked for; starting over")
         else:
-            total = int(length) if length and not encoded else None
+            total = None if encoded else _number(length)
         if size is not None and total is not None and total != size:
             raise ValueError(f"{url} has {total:,} bytes, expected {size:,}\n---> HINT: is this the right address?")
         total = size if total is None else total
         chunked = response.headers.get("Transfer-Encoding") == "chunked"
         if total is None and not chunked and not encoded:
             raise ValueError(f"{url}: the server does not say how long the file is, so it cannot be checked")
-        identity = f"{response.headers.get('ETag') or response.headers.get('Last-Modified')} {total}"
-        if status == 206 and known.read_text() != identity:
-            part.unlink()
+        bound = min(most, UNKNOWN if total is None else total)
+        if total is not None and total > most:
+            raise ValueError(f"{url} has {total:,} bytes, expected at most {most:,}")
+        require_room(part.parent, 0 if total is None else total - (have if status == 206 else 0))
+        before, identity = identity, f"{response.headers.get('ETag') or response.headers.get('Last-Modified')} {total}"
+        if status == 206 and before != identity:
+            part.unlink(missing_ok=True)
             raise Retry("the file has changed since the download began; starting over")
         known.unlink(missing_ok=True)
         if not encoded:  # a position in an unpacked stream is none in the file
-            known.write_text(identity)
+            known.write_text(identity, errors="replace")
 
         with open(part, "ab" if status == 206 else "wb") as f:
             for block in response.iter_content(1 << 14):  # a lost connection loses no more than this
                 f.write(block)
+                if f.tell() > bound and total is None:
+                    raise ValueError(f"{url}: the server does not say how long the file is, and sends more than "
+                                     f"{bound:,} bytes\n---> HINT: fetch it by other means into {show(part.parent)}")
+                if f.tell() > bound:
+                    break  # which is too many: see below
                 progress.update(f.tell() / 1e6, "MB", f.tell() / total if total else None)
             f.flush()
             os.fsync(f.fileno())
     if total is not None and part.stat().st_size < total:
         raise Retry(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
     if total is not None and part.stat().st_size > total:
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise Retry("more bytes than the file has; starting over")
 
 
@@ -164,8 +200,8 @@ def remote_size(url):
     """How many bytes the server says a file has, or None."""
     try:
         response = requests.head(url, headers={"Accept-Encoding": "identity"}, allow_redirects=True, timeout=10)
-        return int(response.headers["Content-Length"]) if response.ok else None
-    except (requests.RequestException, KeyError, ValueError):
+        return _number(response.headers.get("Content-Length")) if response.ok else None
+    except (requests.RequestException, ValueError):
         return None
 
 
@@ -177,8 +213,10 @@ def _retry_after(response):
     """Seconds that a Retry-After header asks for, given as a number or as a date; 0 without one."""
     value = response.headers.get("Retry-After", "0")
     try:
-        return float(value) if value.isdigit() else max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        if value.isdecimal():
+            return float(value)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
 
 
@@ -200,7 +238,7 @@ def _reason(error):
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
         return "no answer in time"
     last = list(_causes(error))[-1]
-    return getattr(last, "strerror", None) or str(last) or type(error).__name__
+    return shown(getattr(last, "strerror", None) or str(last) or type(error).__name__)
 
 
 def file_sha256(path):

@@ -15,7 +15,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import json
+import re
 
 from dev.data.command_line import add_common_flags, run
 from dev.data.download import HF, download
@@ -23,20 +23,27 @@ from dev.data.readers import read_parquet
 from dev.data.shards import ShardWriter, check_shard
 from dev.data.tokenising import pieces, tokenize
 from dev.run.arguments import Parser
+from dev.run.console import shown
+from dev.run.reading import LARGEST_JSON, read_json
 
 REPOSITORIES = {"classic": ("fineweb", "HuggingFaceFW/fineweb"), "edu": ("edu_fineweb", "HuggingFaceFW/fineweb-edu")}
+LISTING = [{"path": str, "size": int, "lfs?": ({"oid?": str}, None)}]
 READY = "karpathy/fineweb-edu-100B-gpt2-token-shards"  # 100 B tokens of FineWeb-Edu: val_000000, train_000001 … 001001
 
 
 def list_parquet(url, path):
     """[(path in the repository, bytes, sha256 or None), …], of the version that was the newest when first asked for."""
-    download(url, path)
+    download(url, path, most=LARGEST_JSON)
     try:
-        entries = [e for e in json.loads(path.read_text()) if e["path"].endswith(".parquet")]
-        return sorted((e["path"], e["size"], e.get("lfs", {}).get("oid")) for e in entries)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        entries = [e for e in read_json(path, LISTING) if e["path"].endswith(".parquet")]
+        for e in entries:
+            if e["size"] < 0 or not re.fullmatch(r"[\w./-]+", e["path"]):
+                raise ValueError(f"a file of {e['size']} bytes is called {shown(e['path'])!r}")
+    except ValueError as e:
         path.unlink()
-        raise ValueError(f"{url} answers with something else than a list of files: {e!r}") from None
+        problem = str(e).split("\n")[0]
+        raise ValueError(f"{url} answers with something else than a list of files: {problem}") from None
+    return sorted((e["path"], e["size"], (e.get("lfs") or {}).get("oid")) for e in entries)
 
 
 def stream(files, url, folder):
@@ -44,7 +51,7 @@ def stream(files, url, folder):
     for name, size, sha256 in files:
         path = download(f"{url}/{name}", folder / name.rpartition("/")[2], size, sha256)
         with open(path, "rb") as f:
-            for text in read_parquet(f, "text"):
+            for text in read_parquet(f, "text", path):
                 for begins, piece in pieces([text or ""]):
                     yield "", begins, piece
 

@@ -10,14 +10,18 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import json
 
 from dev.data.command_line import add_common_flags, run
 from dev.data.download import download
+from dev.data.readers import LONGEST
 from dev.data.shards import write_evalfile
 from dev.data.vocabulary import get_encoder
 from dev.run.arguments import Parser
+from dev.run.console import shown
+from dev.run.files import plain_file
+from dev.run.reading import parse_json, reading
 
+EXAMPLE = {"ctx": str, "endings": [str], "label": (int, str)}
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
 
 
@@ -26,14 +30,18 @@ def examples(path, encoder):
     (context ids, ids of the four endings, which one is right) of each line. An ending begins with a space; where there
     is no context, the end of another text is it: every token is predicted from one before it.
     """
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+    plain_file(path)
+    with reading(path), open(path, encoding="utf-8") as f:
+        for number, line in enumerate(iter(lambda: f.readline(LONGEST), ""), 1):
             try:
-                item = json.loads(line)
-                endings = [list(encoder.encode_ordinary(" " + ending)) for ending in item["endings"]]
-                yield list(encoder.encode_ordinary(item["ctx"])) or [encoder.eot_token], endings, int(item["label"])
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{path}, line {number} is no HellaSwag example: {e!r}") from None
+                item = parse_json(line, EXAMPLE)
+                label = int(item["label"])
+                if not 0 <= label < len(item["endings"]):
+                    raise ValueError(f"label is {label}, and there are {len(item['endings'])} endings")
+            except ValueError as e:
+                raise ValueError(f"{shown(path)}, line {number} is no HellaSwag example: {shown(e)}") from None
+            endings = [list(encoder.encode_ordinary(" " + ending)) for ending in item["endings"]]
+            yield list(encoder.encode_ordinary(item["ctx"])) or [encoder.eot_token], endings, label
 
 
 def main():

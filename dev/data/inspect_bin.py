@@ -12,6 +12,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
+import math
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dev.data.command_line import DATA, run
 from dev.data.download import file_sha256
 from dev.data.vocabulary import EOT, VOCAB_SIZE
 from dev.run.arguments import Parser
+from dev.run.console import say, shown
 from dev.run.files import (
     DEBUG_STATE_MAGIC,
     EVAL_MAGIC,
@@ -29,13 +31,17 @@ from dev.run.files import (
     SHARD_MAGIC,
     STATE_MAGIC,
     TOKENIZER_MAGIC,
+    open_file,
+    read_header,
 )
+from dev.run.reading import reading
 
 
 def read_tokenizer(path):
     """The bytes of every token, and where they end in the file."""
-    content = path.read_bytes()
-    count = int(np.frombuffer(content, "<u4", 4)[2])
+    with open_file(path) as f:
+        count = int(read_header(f, path, TOKENIZER_MAGIC, (1, 2))[2])
+        content = bytes(HEADER_BYTES) + f.read()
     tokens, position = [], HEADER_BYTES
     while len(tokens) < count and position < len(content):
         end = position + 1 + content[position]
@@ -52,12 +58,12 @@ class Report:
         self.size = os.path.getsize(path)
 
     def line(self, name, value):
-        print(f"  {name:<16} {value}")
+        say(f"  {name:<16} {value}")
 
     def check(self, condition, problem):
         if not condition:
             self.ok = False
-            print(f"  PROBLEM: {problem}")
+            say(f"  PROBLEM: {problem}")
         return condition
 
     def check_size(self, expected):
@@ -149,7 +155,7 @@ def inspect_model(r, header):
     if not r.check(min(maxT, V, L, NH, C, Vp) > 0 and Vp >= V and C % NH == 0, "the header contradicts itself"):
         return
     table = tensor_table(maxT, L, C, Vp)
-    count = sum(int(np.prod(shape)) for shape in table.values())
+    count = sum(map(math.prod, table.values()))
     r.line("parameters", f"{count:,}")
     width = 2 if version == 5 else 4
     if r.check_size(HEADER_BYTES + width * count):
@@ -161,17 +167,20 @@ def inspect_model(r, header):
 def inspect_tensors(r, table, start, dtype):
     """Root mean square and range of every tensor; bfloat16 comes as uint16, the upper half of a float32."""
     for name, shape in table.items():
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         raw = r.map(dtype, start, count)
         start += count * raw.itemsize
         total, low, high = 0.0, np.inf, -np.inf
         for i in range(0, count, 10**7):
             block = raw[i : i + 10**7]
             block = (block.astype("<u4") << 16).view("<f4") if raw.itemsize == 2 else block
+            if not np.isfinite(block).all():
+                total = math.nan
+                break
             total += float(np.square(block, dtype=np.float64).sum())
             low, high = min(low, float(block.min())), max(high, float(block.max()))
-        shown = "x".join(map(str, shape))
-        r.line(f"  {name}", f"{shown:<18} rms {np.sqrt(total / count):.5f}, from {low:.4f} to {high:.4f}")
+        sizes, rms = "x".join(map(str, shape)), np.sqrt(total / count)
+        r.line(f"  {name}", f"{sizes:<18} rms {rms:.5f}, from {low:.4f} to {high:.4f}")
         r.check(np.isfinite(total), f"{name} has values that are not finite")
 
 
@@ -213,14 +222,15 @@ def inspect_state(r, header):
 
 def inspect_tokenizer(r, header):
     r.line("tokens", f"{header[2]:,}")
-    r.check(header[1] in (1, 2), f"version {header[1]}, known are 1 and 2")
+    if not r.check(header[1] in (1, 2), f"version {header[1]}, known are 1 and 2"):
+        return
     eot = EOT if header[1] == 1 else int(header[3])
     tokens, end = read_tokenizer(r.path)
     r.check(len(tokens) == header[2], f"there are {len(tokens):,} tokens, the header means {header[2]:,}")
     r.check_size(end)
-    r.line("end of text", f"{eot}: {tokens[eot] if eot < len(tokens) else 'missing'}")
+    r.line("end of text", f"{eot}: {tokens[eot] if 0 <= eot < len(tokens) else 'missing'}")
     r.line("longest", f"{max(map(len, tokens), default=0)} bytes")
-    r.line("begins", b" ".join(tokens[256:280]).decode("utf-8", "replace"))
+    r.line("begins", shown(b" ".join(tokens[256:280]).decode("utf-8", "replace")))
 
 
 KINDS = {
@@ -235,16 +245,17 @@ KINDS = {
 
 def inspect(path, tokenizer):
     """Print what is in the file; whether it is in order."""
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         content = f.read(HEADER_BYTES)
     header = np.frombuffer(content if len(content) == HEADER_BYTES else bytes(HEADER_BYTES), "<i4")
     kind, function = KINDS.get(int(header[0]), ("unknown", None))
     report = Report(path, tokenizer)
-    print(f"{path}: {kind}, version {header[1]}, {report.size:,} bytes")
+    say(f"{shown(path)}: {kind}, version {header[1]}, {report.size:,} bytes")
     if not report.check(function is not None, f"no known kind of file: its first word is {header[0]}"):
         return False
-    function(report, header)
-    print("  " + ("OK" if report.ok else "NOT OK"))
+    with reading(path):
+        function(report, header)
+    say("  " + ("OK" if report.ok else "NOT OK"))
     return report.ok
 
 
@@ -257,12 +268,12 @@ def main():
     tokenizer_path = args.data_dir / "gpt2_tokenizer.bin"
     tokenizer = read_tokenizer(tokenizer_path)[0] if tokenizer_path.exists() else None
     if tokenizer is None:
-        print(f"tokens are shown as numbers, for lack of {tokenizer_path} (dev/data/tinyshakespeare.py makes it)")
+        say(f"tokens are shown as numbers, for lack of {tokenizer_path} (dev/data/tinyshakespeare.py makes it)")
     fine = True
     for path in args.files:
         fine &= inspect(path, tokenizer)
         if args.sha256:
-            print(f"  sha256           {file_sha256(path)}")
+            say(f"  sha256           {file_sha256(path)}")
     if not fine:
         raise SystemExit(1)
 

@@ -7,15 +7,22 @@ read by its form. All of it is a stream: in memory is a block, a line of .jsonl,
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import io
 import json
+import os
 import re
+import tarfile
 import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
+
+from dev.run.console import shown
+from dev.run.files import open_file
+from dev.run.reading import brief, reading, reason
 
 try:
     import lzma
@@ -30,16 +37,19 @@ EXTENSIONS = """
     .toml .yaml .yml
 """.split()  # of the files that are taken from a folder; .json, which is settings more often than text, is to be named
 HEAD = 4096  # bytes that tell what a file is
-LONGEST = 1 << 28  # characters of a line or an item: a damaged file is no reason to fill the memory
+LONGEST = 1 << 24  # characters of a line or an item: a damaged file is no reason to fill the memory
+UNPACKED = 1000  # times its size that a packed file, or one of columns, may hold; and 64 MB
 BOMS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+STARTS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ", ".bz2": b"BZh"}  # of what is packed
 BINARY = {  # what files begin with that are no text
     b"%PDF-": "PDF", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard",
     b"PK\x03\x04": "zip, or an office document", b"7z\xbc\xaf": "7-Zip", b"Rar!\x1a": "RAR", b"PAR1": "Parquet",
     b"ARROW1": "Arrow", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"\x7fELF": "a program",
     b"SQLite format 3": "SQLite", b"\x93NUMPY": "NumPy", b"\xd0\xcf\x11\xe0": "an old office document",
 }  # fmt: skip
-DAMAGED = (EOFError, OSError, RuntimeError, zlib.error, csv.Error, zipfile.BadZipFile,
+DAMAGED = (EOFError, RuntimeError, zlib.error, csv.Error, zipfile.BadZipFile, tarfile.TarError,
            *([lzma.LZMAError] if lzma else []))  # what reading raises; a RuntimeError is a zip's password
+AGAIN = "is it damaged? Fetch it again, or leave it out"
 AS_TEXT = "--format text takes the file as it is"
 
 
@@ -67,7 +77,7 @@ class Reader:
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            yield from ([self.clean(text)] for text in read_parquet(file, self.field))
+            yield from ([self.clean(text)] for text in guarded(read_parquet(file, self.field, path), path))
         elif suffix == ".zip":
             yield from self.members(file, path)
         else:
@@ -85,7 +95,8 @@ class Reader:
                         self.left_out += 1
                         continue
                     with archive.open(member) as stream:
-                        yield from self.documents(stream, path / member.filename)
+                        name = path / shown(member.filename)
+                        yield from self.documents(Bounded(stream, limit(file), name), name)
         return guarded(read(), path)
 
     def read(self, stream, name, form="text"):
@@ -111,7 +122,9 @@ class Reader:
         """The text of an item of JSON: of its field, or the item itself"""
         try:
             text = item if isinstance(item, str) else item[self.field]
-            return (text or "") + ""  # no text: a TypeError
+            if not isinstance(text, (str, type(None))):
+                raise TypeError(f"it is {brief(text)}")
+            return text or ""
         except (KeyError, TypeError) as e:
             raise not_json(where, e, self.field) from None
 
@@ -167,16 +180,49 @@ class Begun(io.RawIOBase):
         return len(data)
 
 
+class Bounded(io.RawIOBase):
+    """A stream of which at most `most` bytes are read: a file that unpacks to more is meant to do harm"""
+
+    def __init__(self, stream, most, name):
+        self.stream, self.left, self.name = stream, most, name
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = self.stream.read(len(buffer))
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"{shown(self.name)}: unpacks to more than {UNPACKED} times its size\n"
+                             "---> HINT: if that is right, unpack it and name what comes out")
+        buffer[:len(data)] = data
+        return len(data)
+
+
+def limit(file):
+    """The most bytes that may come out of a packed file"""
+    try:
+        return UNPACKED * os.fstat(file.fileno()).st_size + (1 << 26)
+    except (AttributeError, OSError):  # a member of another packed file, which has its own limit
+        return 1 << 62
+
+
 def guarded(iterable, name):
     """The same things; trouble with reading them (truncated, not packed at all) names the file."""
-    try:
-        yield from iterable
-    except DAMAGED as e:
-        raise ValueError(f"{name}: {e}") from None
+    with reading(name, AGAIN):
+        try:
+            yield from iterable
+        except DAMAGED as e:
+            raise ValueError(reason(e)) from None
 
 
 def unpack(file, suffix, name):
     """What is in a packed file, as a stream; the file itself where the suffix is none of a packer"""
+    return file if suffix not in PACKED else Bounded(unpacked(file, suffix, name), limit(file), name)
+
+
+def unpacked(file, suffix, name):
+    """What is in a packed file, as a stream, however much it is"""
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if suffix == ".bz2":
@@ -185,13 +231,11 @@ def unpack(file, suffix, name):
         if lzma is None:
             raise ValueError(f"{name}: this Python cannot unpack .xz\n---> HINT: unpack it with xz -d")
         return lzma.LZMAFile(file)
-    if suffix == ".zst":
-        try:
-            import pyarrow
-        except ImportError:
-            raise ValueError(f"{name} needs a package\n---> HINT: pip install pyarrow") from None
-        return pyarrow.CompressedInputStream(file, "zstd")
-    return file
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(f"{name} needs a package\n---> HINT: pip install pyarrow") from None
+    return pyarrow.CompressedInputStream(file, "zstd")
 
 
 # -----------------------------------------------------------------------------
@@ -223,7 +267,7 @@ def refuse_binary(head, encoding, name):
 
 
 def not_json(where, problem, field):
-    return ValueError(f"{where}: not a JSON object with text in {field!r} ({problem!r})\n"
+    return ValueError(f"{shown(where)}: not a JSON object with text in {field!r} ({shown(repr(problem))})\n"
                       f"---> HINT: --field names the field that holds the text; {AS_TEXT}")
 
 
@@ -232,12 +276,12 @@ def json_lines(text, name):
     for number, line in enumerate(iter(lambda: text.readline(LONGEST), ""), 1):
         where = f"line {number}"
         if len(line) == LONGEST:
-            raise ValueError(f"{name}, {where}: more than {LONGEST:,} characters\n---> HINT: is it damaged?")
+            raise ValueError(f"{shown(name)}, {where}: more than {LONGEST:,} characters\n---> HINT: is it damaged?")
         if line.strip():
             try:
                 yield where, json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{name}, {where}: not JSON ({e})\n"
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{shown(name)}, {where}: not JSON ({reason(e)})\n"
                                  f"---> HINT: --format json reads values of several lines; {AS_TEXT}") from None
 
 
@@ -252,7 +296,7 @@ def json_items(text, name):
             rest, at = block, 0
         elif at == len(rest):
             if inside:
-                raise ValueError(f"{name}: the array has no end after {number} items\n---> HINT: is it cut off?")
+                raise ValueError(f"{shown(name)}: the array has no end after {number} items\n---> HINT: is it cut off?")
             return
         elif inside is None and rest[at] == "[":
             inside, at = True, at + 1
@@ -262,11 +306,11 @@ def json_items(text, name):
             inside = bool(inside)
             try:
                 value, at = decode(rest, at)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 rest, at = rest[at:], 0
                 block = text.read(max(1 << 16, len(rest))) if len(rest) < LONGEST else ""  # doubled: linear time
                 if not block:
-                    raise ValueError(f"{name}, item {number + 1}: not JSON, or cut off ({e.msg})\n"
+                    raise ValueError(f"{shown(name)}, item {number + 1}: not JSON, or cut off ({reason(e)})\n"
                                      f"---> HINT: {AS_TEXT}") from None
                 rest += block
                 continue
@@ -286,7 +330,7 @@ def read_column(text, name, form, column):
     if names is None:
         return
     if column not in names:
-        raise ValueError(f"{name}: no column {column!r}; there are: {' '.join(names)[:200]}\n"
+        raise ValueError(f"{shown(name)}: no column {column!r}; there are: {shown(' '.join(names), 200)}\n"
                          f"---> HINT: --field names the column that holds the text; {AS_TEXT}")
     place = names.index(column)
     try:
@@ -296,7 +340,7 @@ def read_column(text, name, form, column):
             if row:
                 yield row[place]
     except csv.Error as e:
-        raise ValueError(f"{name}, line {table.line_num}: {e}\n---> HINT: {AS_TEXT}") from None
+        raise ValueError(f"{shown(name)}, line {table.line_num}: {e}\n---> HINT: {AS_TEXT}") from None
 
 
 def is_text(kind):
@@ -305,19 +349,49 @@ def is_text(kind):
     return str(kind) in ("string", "large_string", "string_view", "null")
 
 
-def read_parquet(file, column):
-    """The texts of a column, row group by row group."""
+def read_parquet(file, column, name):
+    """The texts of a column, row group by row group. ValueError, with its name, for a damaged file"""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError("reading .parquet needs a package\n---> HINT: pip install pyarrow") from None
-    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-    columns = {field.name: field.type for field in parquet.schema_arrow}
+    with reading(name, AGAIN):
+        parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        columns = {field.name: field.type for field in parquet.schema_arrow}
     if column not in columns:
-        raise ValueError(f"no column {column!r} in {file.name}; there are: {' '.join(columns)}")
+        raise ValueError(f"no column {column!r} in {shown(name)}; there are: {shown(' '.join(columns))}")
     if not is_text(columns[column]):
         texts = " ".join(name for name, kind in columns.items() if is_text(kind)) or "none"
-        raise ValueError(f"{file.name}: the column {column!r} holds {columns[column]}, no text\n"
-                         f"---> HINT: --field names the column; with text there are: {texts}")
-    for rows in parquet.iter_batches(batch_size=256, columns=[column], use_threads=False):
-        yield from rows.column(0).to_pylist()
+        raise ValueError(f"{shown(name)}: the column {column!r} holds {shown(columns[column])}, no text\n"
+                         f"---> HINT: --field names the column; with text there are: {shown(texts)}")
+    if parquet.metadata.num_rows > limit(file):
+        raise ValueError(f"{shown(name)}: it says {parquet.metadata.num_rows:,} rows, too many for its size")
+    with reading(name, AGAIN):
+        for rows in parquet.iter_batches(batch_size=256, columns=[column], use_threads=False):
+            yield from rows.column(0).to_pylist()
+
+
+# -----------------------------------------------------------------------------
+# archives
+
+
+@contextlib.contextmanager
+def unpacking(path):
+    """A context in which what is wrong with an archive is said with its name"""
+    with reading(path, "delete it and run again"):
+        try:
+            yield
+        except DAMAGED as e:
+            raise ValueError(f"{shown(path)} cannot be unpacked: {reason(e)}") from None
+
+
+@contextlib.contextmanager
+def open_tar(path):
+    """A .tar, packed or not, as a stream of members; it has no more bytes than UNPACKED says."""
+    with open_file(path) as file:
+        head = file.read(6)
+        file.seek(0)
+        packed = next((suffix for suffix in PACKED if head.startswith(STARTS[suffix])), "")
+        stream = io.BufferedReader(unpack(file, packed, path), 1 << 16) if packed else file
+        with tarfile.open(fileobj=stream, mode="r|" if packed else "r:") as tar:
+            yield tar

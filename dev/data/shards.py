@@ -128,11 +128,12 @@ def write_evalfile(path, examples):
         example[1] = 2 * len(example)  # in bytes
         whole = context and all(completions)  # the reader takes an empty text for damage
         if not 0 <= label < len(completions) or not whole or max(example[1:]) > 65534:
-            raise ValueError(f"example {index} does not fit the format: {2 * len(example)} bytes, label {label}")
+            raise ValueError(f"{show(path)}: example {index} does not fit the format: {2 * len(example)} bytes, "
+                             f"label {label}")
         longest = max(longest, example[1])
         words.append(np.array(example, dtype="<u2"))
     if not words:
-        raise ValueError("no examples")
+        raise ValueError(f"no examples for {show(path)}")
     say(f"writing {len(words):,} examples to {show(path)}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with NewFile(path) as f:

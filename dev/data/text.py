@@ -33,6 +33,7 @@ from dev.data.shards import ShardWriter
 from dev.data.tokenising import HoldOut, pieces, tokenize
 from dev.data.vocabulary import end_of_text
 from dev.run.arguments import Parser
+from dev.run.console import shown
 
 
 class Corpus:
@@ -52,6 +53,8 @@ class Corpus:
             if str(path) == "-":
                 yield from self.reader.read(sys.stdin.buffer, "standard input")
                 continue
+            if self.total is None:  # what is no plain file was named: <(…), whose end one waits for
+                say(f"reading {shown(path)}, which is no plain file, to its end")
             with open(path, "rb") as self.file:
                 yield from self.reader.documents(self.file, path)
             if self.total is not None:
@@ -168,7 +171,7 @@ def main():
     if reader.left_out:
         say(f"left out: {reader.left_out:,} files in .zip files that are not named like text")
     if writers["train"].shards == 0:
-        raise ValueError("no text at all")
+        raise ValueError(f"no text at all in {' '.join(shown(show(path)) for path in args.paths[:3])}")
     if args.val_fraction and writers["val"].shards == 0:
         print("note: the text is too short to hold out anything for validation")
     say(f"train with: {flags_for_training(writers.values())}")

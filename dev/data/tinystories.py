@@ -12,18 +12,19 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-import json
+import io
 import random
-import re
 import shutil
-import tarfile
 
 from dev.data.command_line import add_common_flags, run, show
-from dev.data.download import HF, download
+from dev.data.download import HF, download, require_room
+from dev.data.readers import json_items, open_tar, unpacking
 from dev.data.shards import ShardWriter
 from dev.data.tokenising import pieces, tokenize
 from dev.run.arguments import Parser
-from dev.run.files import NewFile
+from dev.run.console import shown
+from dev.run.files import NewFile, open_file
+from dev.run.reading import misfit, reason
 
 URL = f"{HF}/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 
@@ -34,31 +35,30 @@ def unpack(archive, folder):
     if not marker.exists():
         print(f"unpacking {show(archive)} to {show(folder)}")
         folder.mkdir(exist_ok=True)
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    name = member.name.rpartition("/")[2]
-                    if member.isfile() and name.endswith(".json") and not name.startswith("."):
-                        with NewFile(folder / name) as f:
-                            shutil.copyfileobj(tar.extractfile(member), f, 1 << 20)
-        except (tarfile.TarError, EOFError) as e:
-            raise ValueError(f"{archive} cannot be unpacked: {e}\n---> HINT: delete it and run again") from None
+        with unpacking(archive), open_tar(archive) as tar:
+            for member in tar:
+                name = member.name.rpartition("/")[2]
+                if member.isfile() and name.endswith(".json") and not name.startswith("."):
+                    require_room(folder, member.size)
+                    with NewFile(folder / name) as f:
+                        shutil.copyfileobj(tar.extractfile(member), f, 1 << 20)
         marker.touch()
     return sorted(folder.glob("*.json"))
 
 
 def stories(path):
     """The stories of a file, a JSON list of objects; read one by one, which takes a fraction of json.load's memory."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    text, result, position = path.read_text(encoding="utf-8"), [], 0
+    result = []
     try:
-        position = gap.match(text, text.index("[") + 1).end()
-        while text[position] != "]":
-            item, position = decode(text, position)
-            result.append(item["story"])
-            position = gap.match(text, position).end()
-    except (ValueError, KeyError, TypeError, IndexError) as e:
-        raise ValueError(f"{path} is no JSON list of stories, see character {position:,}: {e!r}") from None
+        with open_file(path) as file:
+            for where, item in json_items(io.TextIOWrapper(file, encoding="utf-8"), path):
+                if problem := misfit(item, {"story": str}, where):
+                    raise ValueError(problem)
+                result.append(item["story"])
+        if not result:
+            raise ValueError("there is none")
+    except ValueError as e:
+        raise ValueError(f"{shown(path)} is no JSON list of stories: {reason(e)}") from None
     return result
 
 

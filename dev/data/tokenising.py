@@ -20,8 +20,12 @@ import numpy as np
 
 from dev.data.command_line import Progress, say, show
 from dev.data.vocabulary import get_encoder, replace_surrogates
+from dev.run.console import shown
 from dev.run.files import NewFile
+from dev.run.reading import read_json
 
+STATE = {"job": object, "complete": bool, "done": {str: [int, int, int]},
+         "dealt?": {str: ([int, int, (str, None)], None)}}  # what a progress.json says
 PIECE = 1 << 16  # characters; a longer document is cut
 BATCH = 1 << 19  # characters; about 0.06 s of work, a hundred times what handing it to a worker costs
 
@@ -166,12 +170,16 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
 def _load_state(path, job, writers):
     """What an earlier run with this job has done, if its shards are still there."""
     fresh = {"job": job, "complete": False, "done": {split: [0, 0, 0] for split in writers}}
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError):
+    if job is None or not path.exists():
         return fresh
-    shards = [writer.path(i) for split, writer in writers.items() for i in range(state["done"][split][0])]
-    if job is None or state["job"] != job or not all(path.exists() for path in shards):
+    state = read_json(path, STATE, f"delete {shown(path)} to make the shards anew")
+    done = state["done"]
+    if state["job"] != job or done.keys() != writers.keys() or state.get("dealt", done).keys() != writers.keys():
+        return fresh
+    if min(itertools.chain(*done.values())) < 0:
+        raise ValueError(f"{shown(path)}: a count is negative\n---> HINT: delete it to make the shards anew")
+    shards = (writer.path(i) for split, writer in writers.items() for i in range(done[split][0]))
+    if not all(path.exists() for path in shards):  # one after another, until one is missing: a count may be absurd
         return fresh
     for split, writer in writers.items():
         writer.shards = state["done"][split][0]

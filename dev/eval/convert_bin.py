@@ -19,7 +19,7 @@ import numpy as np
 from dev.data.command_line import run, show
 from dev.run.arguments import Parser
 from dev.run.config import model_header
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, read_header, to_bfloat16
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, open_file, read_header, require_numbers, to_bfloat16
 from dev.run.vocabulary import beside
 from train_gpt2 import Tensors, model_config, parameter_table
 
@@ -38,18 +38,22 @@ def from_float32(x, dtype):
 
 def as_float32(x):
     """The way back; float16 and float64 are welcome, too."""
-    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
+    with np.errstate(all="ignore"):  # what is too large for a float32 is not finite then
+        bfloat16 = x.dtype == np.uint16
+        return (x.astype(np.uint32) << 16).view(np.float32) if bfloat16 else x.astype(np.float32, copy=False)
 
 
 class Checkpoint:
-    """A .bin on disk. Raises FileNotFoundError or ValueError where it is no whole checkpoint."""
+    """A .bin on disk. FileNotFoundError or ValueError where it is no whole checkpoint, or its weights no numbers"""
 
     def __init__(self, path):
         self.path, self.config = path, model_config(str(path))
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             version = read_header(f, path, MODEL_MAGIC, tuple(VERSIONS.values()))[1]
         self.dtype = "fp32" if version == 3 else "bf16"
         memory = np.memmap(path, "<f4" if version == 3 else "<u2", "r", HEADER_BYTES)
+        for piece in np.array_split(memory, 1 + (memory.size >> 22)):
+            require_numbers(path, "the model", as_float32(piece))
         self.params = Tensors(memory, parameter_table(self.config))
 
     def tensor(self, name, layer=None):

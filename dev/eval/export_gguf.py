@@ -17,6 +17,8 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
 import json
 import math
 
+import numpy as np
+
 from dev.data.command_line import run, show
 from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import Checkpoint, converter
@@ -116,7 +118,12 @@ def export(checkpoint, path, dtype, tied=False):
         writer.write_ti_data_to_file()
         for name, layer, kind in tensors:
             weights = checkpoint.tensor("wte" if name == "output" else name, layer)
-            writer.write_tensor_data(gguf.quants.quantize(weights, kind))
+            try:
+                with np.errstate(over="raise"):
+                    writer.write_tensor_data(gguf.quants.quantize(weights, kind))
+            except FloatingPointError:
+                raise ValueError(f"{checkpoint.path}: {name} has numbers that are too large for {dtype}\n"
+                                 "---> HINT: -d f32 keeps them") from None
         writer.close()
     print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from dev.data.command_line import run, show
 from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import TOKENIZER_FILES, VERSIONS, Checkpoint, converter, from_float32
-from dev.eval.import_hf import CONV1D, PREFIX, read_json, tensor_table
+from dev.eval.import_hf import CONV1D, PREFIX, tensor_table
 from dev.run.files import NewFile
+from dev.run.reading import read_json
 from dev.run.vocabulary import beside
 
 SAFETENSORS = {"fp32": "F32", "bf16": "BF16"}

@@ -37,7 +37,9 @@ from dev.eval.convert_bin import (
     keep_tokenizer,
     write_checkpoint,
 )
-from dev.run.files import NewFile
+from dev.run.console import shown
+from dev.run.files import NewFile, plain_file, require_numbers
+from dev.run.reading import brief, is_a, misfit, parse_json, read_json, reading
 from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import GPT2Config, parameter_table
 
@@ -68,6 +70,10 @@ OURS = {
 OLD_FORMAT = ("---> HINT: transformers rewrites older formats: "
               "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)")
 SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # its types that weights can have
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
+        "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4,
+        "F6_E2M3": 6, "F6_E3M2": 6}  # of a number, of all its types
+LONGEST_HEADER = 100_000_000  # bytes, as in the format's own library
 
 
 def tensor_table(config):
@@ -79,30 +85,24 @@ def tensor_table(config):
             yield name, layer, NAMES[name].format(layer), shape[::-1] if name in CONV1D else shape
 
 
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path.name} in {path.parent}\n---> HINT: the folder of a model has one") from None
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path} is damaged, or no JSON of names and values: {e}\n---> HINT: fetch it again") from None
-
-
 def read_config(path):
     """config.json as a GPT2Config. ValueError for a model that is not our GPT-2."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}\n---> HINT: the folder of a model has one")
     found = read_json(path)
     for key, values in OURS.items():
         value = found.get(key, None if key == "model_type" else values[0])
         if value not in values:
-            raise ValueError(f"{path}: this is no GPT-2 that train_gpt2.py could run: {key} is {value!r}, "
-                             f"expected {' or '.join(map(repr, values))}")
+            raise ValueError(f"{path}: this is no GPT-2 that train_gpt2.py could run: {key} is "
+                             f"{shown(repr(value), 60)}, expected {' or '.join(map(repr, values))}")
     sizes = [found.get(key) for key in ("n_embd", "n_layer", "n_head", "vocab_size")]
     sizes.append(found.get("n_positions", found.get("n_ctx")))
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] % sizes[2]:
-        raise ValueError(f"{path}: n_embd, n_layer, n_head, vocab_size and n_positions make no sense: {sizes}")
+    if not all(is_a(size, int) and 0 < size < 1 << 24 for size in sizes) or sizes[0] % sizes[2]:
+        raise ValueError(f"{path}: n_embd, n_layer, n_head, vocab_size and n_positions make no sense: "
+                         f"{' '.join(map(brief, sizes))}")
     C, L, NH, V, maxT = sizes
     if found.get("n_inner") not in (None, 4 * C):
-        raise ValueError(f"{path}: n_inner is {found['n_inner']}, expected 4 * n_embd = {4 * C}")
+        raise ValueError(f"{path}: n_inner is {brief(found['n_inner'])}, expected 4 * n_embd = {4 * C}")
     return GPT2Config(maxT, V, (V + 127) // 128 * 128, L, NH, C)
 
 
@@ -110,32 +110,51 @@ def read_safetensors(path):
     """
     {name: array} of a file, memory-mapped; bfloat16 as uint16. Tensors of integers and booleans are left out.
     The format (https://github.com/huggingface/safetensors): 8 bytes, the length of a JSON text; the text; the numbers.
+    As the format says, tensors may neither overlap nor leave bytes that belong to none.
     """
-    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    tensors = {}
-    try:
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            shape, (begin, end) = about["shape"], about["data_offsets"]
-            if about["dtype"] not in SAFETENSORS:
-                continue
-            dtype = np.dtype(SAFETENSORS[about["dtype"]])
-            if start + end > data.size:
-                raise ValueError(f"{name} ends at byte {start + end:,}, and the file has {data.size:,}")
-            if begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
-                raise ValueError(f"{name} has the shape {shape} and {end - begin} bytes")
-            tensors[name] = data[start + begin : start + end].view(dtype).reshape(shape)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is truncated, or no safetensors file: {e}\n---> HINT: fetch it again") from None
+    with reading(path):
+        return safetensors(path, plain_file(path))
+
+
+def safetensors(path, size):
+    length = int.from_bytes(np.fromfile(path, np.uint8, 8).tobytes(), "little")
+    start = 8 + length
+    if size < 8 or start > min(size, 8 + LONGEST_HEADER):
+        raise ValueError(f"truncated, or no safetensors file: it has {size:,} bytes, and begins with a header of "
+                         f"{length:,}")
+    data = np.memmap(path, np.uint8, "r")
+    tensors, filled = {}, 0
+    header = parse_json(data[8:start].tobytes(), {str: dict}, unique=True)
+    header.pop("__metadata__", None)
+    for name, about in sorted(header.items(), key=lambda item: offsets(*item)):
+        begin, end = offsets(name, about)
+        kind, shape = about["dtype"], about["shape"]
+        if kind not in BITS:
+            raise ValueError(f"{shown(name)} has the unknown type {shown(kind)}")
+        if begin != filled or end < begin or start + end > size:
+            raise ValueError(f"{shown(name)} is at bytes {begin:,} to {end:,} of {size - start:,}, expected to begin "
+                             f"at {filled:,}: tensors overlap, leave bytes out, or the file is truncated")
+        if min(shape, default=0) < 0 or BITS[kind] * math.prod(shape) != 8 * (end - begin):
+            raise ValueError(f"{shown(name)} has the shape {shown(shape, 60)} and {end - begin:,} bytes")
+        filled = end
+        if kind in SAFETENSORS:
+            tensors[name] = data[start + begin : start + end].view(SAFETENSORS[kind]).reshape(shape)
+    if start + filled != size:
+        raise ValueError(f"{size - start - filled:,} bytes at its end belong to no tensor")
     return tensors
+
+
+def offsets(name, about):
+    """[begin, end] of a tensor, of which a header says `about`. ValueError where it says something else"""
+    if problem := misfit(about, {"dtype": str, "shape": [int], "data_offsets": [int, int]}, shown(name)):
+        raise ValueError(problem)
+    return about["data_offsets"]
 
 
 def shards(index):
     """The files that model.safetensors.index.json names"""
     files = read_json(index).get("weight_map")
-    files = list(files.values()) if isinstance(files, dict) else [None]
+    files = list(files.values()) if isinstance(files, dict) and files else [None]
     if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in files):
         raise ValueError(f"{index} has no weight_map from tensors to files beside it")
     return sorted(set(files))
@@ -154,15 +173,19 @@ def read_weights(folder, config):
     tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
 
     head = tensors.pop("lm_head.weight", None)
+    if config.num_layers > len(tensors):  # before there is a list of what so many layers have
+        raise ValueError(f"{folder}: config.json says {config.num_layers:,} layers, for which {len(tensors)} tensors "
+                         "of floats are too few")
     expected = {name: shape for _, _, name, shape in tensor_table(config)}
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder}: there is no tensor {name} of floats in {', '.join(f.name for f in files)}")
         if tensors[name].shape != shape:
-            raise ValueError(f"{folder}: {name} has the shape {tensors[name].shape}, by config.json it is {shape}")
+            raise ValueError(f"{folder}: {name} has the shape {shown(tensors[name].shape, 60)}, by config.json it is "
+                             f"{shape}")
     if other := sorted(tensors.keys() - expected.keys()):
         raise ValueError(f"{folder}: {len(other)} tensors that no GPT-2 of {config.num_layers} layers has: "
-                         f"{' '.join(other[:3])} …")
+                         f"{' '.join(map(shown, other[:3]))} …")
     if head is not None and not np.array_equal(head, tensors["wte.weight"]):
         raise ValueError(f"{folder}: lm_head.weight is not wte.weight; in our GPT-2 the two are one")
     return tensors
@@ -181,6 +204,8 @@ def import_model(folder, path, dtype):
     """Write the model of a folder to `path`, or raise ValueError or FileNotFoundError and write nothing."""
     config = read_config(folder / "config.json")
     weights = read_weights(folder, config)
+    for name, x in weights.items():
+        require_numbers(folder, name, as_float32(x))
     print(f"{show(folder)}: {config}")
     write_checkpoint(path, config, dtype, in_our_order(config, weights))
     if is_gpt2s(folder, config):
@@ -208,7 +233,7 @@ def is_gpt2s(folder, config):
 def fetch(model, folder, revision="main"):
     """Bring a model from the hub into a folder, as far as it is not there already, or has changed since."""
     path = folder / ".fetched.json"  # {file: what remote_identity() said}
-    known = read_json(path) if path.exists() else {}
+    known = read_json(path, {str: str}) if path.exists() else {}
 
     def remember(name, identity):
         if identity is not None and folder.is_dir():

@@ -9,7 +9,7 @@ import os
 from dev.data.command_line import Progress, say
 from dev.run.arguments import Parser
 from dev.run.flags import add_device
-from dev.run.multiple_choice import accuracy, read_examples, score
+from dev.run.multiple_choice import TOGETHER, accuracy, read_examples, score
 from train_gpt2 import build
 
 
@@ -26,14 +26,13 @@ def main(name, path):
         raise FileNotFoundError(f"no evaluation set {args.input}\n{hint}")
     if args.limit < 0:
         raise ValueError(f"--limit must be 1 or more, or 0 for all, not {args.limit}")
-    examples = read_examples(args.input)[:args.limit or None]
-    if not examples:
-        raise ValueError(f"{args.input} has no examples\n{hint}")
     engine = build(args.model, args.device, args.precision)
+    examples = read_examples(args.input, engine.config.vocab_size)[:args.limit or None]
     maxT, count, progress = engine.config.max_seq_len, len(examples), Progress(name)
     if cut := sum(len(context) + max(map(len, completions)) > maxT + 1 for context, completions, _ in examples):
         print(f"{cut} examples have more than {maxT} tokens: the model does not see the beginning of their context")
-    engine.prepare(max(len(completions) for _, completions, _ in examples), maxT, train=False)
+    most = max(len(completions) for _, completions, _ in examples)
+    engine.prepare(min(most, TOGETHER), maxT, train=False)
     correct, count = score(engine, examples, lambda done: progress.update(done, "examples", done / count))
     share, error = accuracy(correct, count)
     say(f"{name}: {correct}/{count} = {share:.6f} | standard error {error:.6f}")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dev.run.config import model_header
+from dev.run.console import shown
 from dev.run.engine import NO_LAYERS, Engine
 from dev.run.files import (
     HEADER_BYTES,
@@ -28,10 +29,13 @@ from dev.run.files import (
     to_bfloat16,
     write_file,
 )
+from dev.run.reading import read_json
 from dev.run.schedule import Outliers
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
+RUN = {"tokens_per_batch": int, "shard_tokens": [int], "windows": [[float], [float]], "zero_stage?": int,
+       "model?": str, "coins?": int}  # what a run_*.json says
 ANEW = "begin anew with --overwrite 1 instead of -y 1"  # the end of hints
 
 
@@ -248,14 +252,13 @@ def read_run_json(path, data):
     """(tokens in a batch, tokens of the shards), all that a run_*.json holds; `data` and no windows without the file"""
     if not os.path.exists(path):  # a checkpoint of llm.c has none
         return data, {"windows": []}
-    try:
-        with open(path) as file:
-            run = json.load(file)
-        run["windows"] = [[float(value) for value in window] for window in run["windows"]]
-        return (run["tokens_per_batch"], run["shard_tokens"]), {"zero_stage": 0} | run
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: damaged: {error!r}\n---> HINT: remove it to go on without what it holds: "
-                         "the last 128 losses and gradient norms") from error
+    hint = "remove it to go on without what it holds: the last 128 losses and gradient norms"
+    run = read_json(path, RUN, hint)
+    if not 0 < run.get("coins", 1) < 1 << 64:
+        raise ValueError(f"{path}: coins is {shown(run['coins'], 60)}, which is no state of the sampler\n"
+                         f"---> HINT: {hint}")
+    run["windows"] = [[float(value) for value in window] for window in run["windows"]]
+    return (run["tokens_per_batch"], run["shard_tokens"]), {"zero_stage": 0} | run
 
 
 def save(flags, run):

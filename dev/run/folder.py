@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from dev.run.checkpoints import complete_checkpoints, remove_checkpoint, remove_old_checkpoints, save
-from dev.run.console import say
+from dev.run.console import say, shown
 from dev.run.files import write_file
 
 try:
@@ -92,7 +92,7 @@ class Output:
             began, changed = run.settings["-e"], [name for name in run.changed if name != "-e"]
             other = flags.model_given and os.path.realpath(began) != os.path.realpath(flags.model)
             notes = [f"-e {flags.model} ignored"] * other + [f"changed: {', '.join(changed)}"] * bool(changed)
-            lines += [f"resuming {began} from {self.folder}, step {run.step} of {steps}"
+            lines += [f"resuming {shown(began)} from {self.folder}, step {run.step} of {steps}"
                       + (f" ({'; '.join(notes)})" if notes else "")]
             if run.step >= steps:
                 lines += ["the run has finished: no step is left\n---> HINT: a greater -x goes on from it"]

@@ -7,7 +7,10 @@ import os
 
 import numpy as np
 
+from dev.run.console import CONTROL
 from dev.run.files import TOKENIZER_MAGIC, read_header
+
+MOST_TOKENS = 1 << 20  # of a vocabulary; the largest in use have 256,000
 
 
 class Tokenizer:
@@ -29,6 +32,9 @@ class Tokenizer:
         self.tokens = tokens
         if header[1] == 2:
             self.eot_token = int(header[3])
+        if len(tokens) != header[2] or not 0 <= self.eot_token < max(len(tokens), 50257):
+            raise ValueError(f"{path}: its header says {header[2]} tokens, of which {self.eot_token} ends a text\n"
+                             "---> HINT: write it again")
 
     def reset(self):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -38,7 +44,7 @@ class Tokenizer:
         if self.tokens is None or token >= len(self.tokens):
             return f"{token} "
         text = self.decoder.decode(self.tokens[token], final)
-        return "".join(c for c in text if c.isprintable() or c.isspace())  # no control characters to the terminal
+        return "".join(c for c in text if c.isprintable() or c.isspace() and not CONTROL.match(c))  # see plain()
 
 
 def encode(text):
@@ -102,7 +108,7 @@ def generate(engine, sampler, prompt, count):
     for _ in range(count):
         if engine.tokens_read + len(unread) > maxT:
             engine.rewind()
-            unread = tokens[-(maxT // 2):]
+            unread = tokens[-max(1, maxT // 2):]
         tokens.append(sampler.draw(engine.read(unread)))
         unread = tokens[-1:]
         yield tokens[-1]

@@ -4,10 +4,12 @@ A model's own vocabulary, where it is not GPT-2's: the tokenizer files that dev/
 Read is GPT-2's kind: byte-pair encoding of bytes, after GPT-2's way to cut a text into words. The files are
 tokenizer.json (https://github.com/huggingface/tokenizers), or vocab.json and merges.txt.
 """
-import json
 import os
 
-from dev.run.text import Tokenizer
+from dev.run.console import shown
+from dev.run.files import plain_file
+from dev.run.reading import is_a, misfit, read_json, reading
+from dev.run.text import MOST_TOKENS, Tokenizer
 
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; others from 256 on
@@ -20,16 +22,22 @@ def beside(path):
     return f"{os.path.splitext(path)[0]}.tokenizer"
 
 
-def read_json(folder, name):
-    """What a JSON file says, {} where it is missing. ValueError where it is damaged, or says no names and values."""
-    path = os.path.join(folder, name)
+IDS, MERGES = {str: int}, [(str, [str, str])]
+SHAPES = {  # of what is read here
+    "tokenizer.json": {"model?": ({"type?": (str, None)}, None),
+                       "added_tokens?": [{"content": str, "id": int}],
+                       "pre_tokenizer?": ({"type?": str, "use_regex?": bool, "add_prefix_space?": bool}, None)},
+    "vocab.json": IDS, "added_tokens.json": IDS,
+    "tokenizer_config.json": {"tokenizer_class?": (str, None), "add_prefix_space?": (bool, None)},
+}
+
+
+def read(folder, name):
+    """What a JSON file says, {} where it is missing. ValueError where it is damaged, or has another shape."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
+        return read_json(os.path.join(folder, name), SHAPES.get(name, dict), "import the model again")
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}\n---> HINT: import the model again") from None
 
 
 class Vocabulary(Tokenizer):
@@ -41,22 +49,24 @@ class Vocabulary(Tokenizer):
     """
 
     def __init__(self, folder):
-        self.folder, whole = folder, read_json(folder, "tokenizer.json")
+        self.folder, whole = folder, read(folder, "tokenizer.json")
         model = whole.get("model") or {}
         ids, merges = (model.get("vocab"), model.get("merges")) if whole else self.read_old_files()
         self.prefix = self.check(whole, model)
-        if not isinstance(ids, dict) or not ids or not isinstance(merges, list):
-            raise ValueError(f"{folder}: no vocabulary of names and merges")
+        if not ids or misfit(ids, IDS) or misfit(merges, MERGES):
+            raise ValueError(f"{shown(folder)}: no vocabulary of names and merges")
         self.merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.special = {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
-        self.special |= read_json(folder, "added_tokens.json")
-        config, generation = (read_json(folder, name) for name in ("config.json", "generation_config.json"))
+        self.special |= read(folder, "added_tokens.json")
+        config, generation = (read(folder, name) for name in ("config.json", "generation_config.json"))
         self.ids = {**ids, **self.special}
+        self.check_ids()
         if "<|endoftext|>" in ids:
             self.special["<|endoftext|>"] = ids["<|endoftext|>"]
         end = config.get("eos_token_id", generation.get("eos_token_id"))
-        self.eot_token = end if isinstance(end, int) else self.special.get("<|endoftext|>", max(self.ids.values()))
+        known = is_a(end, int) and end in self.ids.values()
+        self.eot_token = end if known else self.special.get("<|endoftext|>", max(self.ids.values()))
         self.names = [None] * (1 + max(self.ids.values()))
         for name, token in self.ids.items():
             self.names[token] = name
@@ -64,25 +74,35 @@ class Vocabulary(Tokenizer):
         self.reset()
 
     def read_old_files(self):
-        ids = read_json(self.folder, "vocab.json")
+        ids = read(self.folder, "vocab.json")
         path = os.path.join(self.folder, "merges.txt")
         if not ids or not os.path.isfile(path):
-            raise ValueError(f"{self.folder}: neither tokenizer.json nor vocab.json and merges.txt")
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
+            raise ValueError(f"{shown(self.folder)}: neither tokenizer.json nor vocab.json and merges.txt")
+        size = plain_file(path)
+        with reading(path, "import the model again"), open(path, encoding="utf-8") as file:
+            lines = file.read(min(size, MOST_TOKENS * 256)).split("\n")
         return ids, [line for line in lines if line and not line.startswith("#version")]
+
+    def check_ids(self):
+        """ValueError where the numbers of tokens are none: a list of them would be longer than the files"""
+        name, token = max(self.ids.items(), key=lambda item: abs(item[1]))
+        if min(self.ids.values()) < 0 or token >= MOST_TOKENS:
+            raise ValueError(f"{shown(self.folder)}: the token {shown(name)!r} has the number {token}, expected 0 to "
+                             f"{MOST_TOKENS - 1:,}")
 
     def check(self, whole, model):
         """ValueError unless it is GPT-2's kind of BPE. Returns whether a text begins with a space."""
         if not whole:
-            kind = read_json(self.folder, "tokenizer_config.json")
-            if kind.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast") != "GPT2Tokenizer":
-                raise ValueError(f"{self.folder}: its tokenizer is a {kind['tokenizer_class']}, not of GPT-2's kind")
+            kind = read(self.folder, "tokenizer_config.json")
+            name = kind.get("tokenizer_class") or "GPT2Tokenizer"
+            if name.removesuffix("Fast") != "GPT2Tokenizer":
+                raise ValueError(f"{shown(self.folder)}: its tokenizer is a {shown(name)}, not of GPT-2's kind")
             return bool(kind.get("add_prefix_space", False))
         before = whole.get("pre_tokenizer") or {}
         found = model.get("type", "BPE"), before.get("type"), before.get("use_regex", True), whole.get("normalizer")
         if found != ("BPE", "ByteLevel", True, None):
-            raise ValueError(f"{self.folder}: its tokenizer is {' '.join(map(str, found))}, not of GPT-2's kind")
+            raise ValueError(f"{shown(self.folder)}: its tokenizer is {shown(' '.join(map(str, found)))}, not of "
+                             "GPT-2's kind")
         return bool(before.get("add_prefix_space", False))
 
     def spell(self, name):
@@ -121,7 +141,7 @@ class Vocabulary(Tokenizer):
             parts = merged
         unknown = [part for part in parts if part not in self.ids]
         if unknown:
-            raise ValueError(f"{self.folder}: it has no token for {unknown[0]!r} in {word!r}")
+            raise ValueError(f"{shown(self.folder)}: it has no token for {unknown[0]!r} in {word!r}")
         return [self.ids[part] for part in parts]
 
 
@@ -142,5 +162,5 @@ def own_vocabulary(path):
         return None
     try:
         return Vocabulary(beside(path))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OSError) as error:
         return Numbers(str(error).splitlines()[0])
