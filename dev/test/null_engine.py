@@ -15,6 +15,7 @@ class NullEngine(Engine):
 
     def __init__(self, config, table, weights=None, precision=None, processes=ALONE, **options):
         super().__init__(config, table, processes)
+        self.precision = precision or "fp32"
         size = size_of(table)
         self.tensors = {what: Tensors(np.zeros(size, np.float32), table) for what in ("params", "grads", "m", "v")}
         self.inputs = self.token_losses = None  # of the last forward pass
