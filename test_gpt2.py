@@ -52,7 +52,8 @@ def read_state(path, engine):
         logits = np.fromfile(file, np.float32, B * T * V).reshape(B * T, V)
         loss = float(np.fromfile(file, np.float32, 1)[0])
         grads = np.fromfile(file, np.float32, N)
-        require_numbers(path, "what PyTorch made of the batch", np.concatenate([logits.ravel(), [loss], grads]))
+        for name, numbers in ("its logits", logits), ("its loss", np.array([loss])), ("its gradients", grads):
+            require_numbers(path, name, numbers)
         return x, y, logits, loss, Tensors(grads, engine.table)
 
 

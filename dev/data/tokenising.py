@@ -22,7 +22,7 @@ from dev.data.command_line import Progress, say, show
 from dev.data.vocabulary import get_encoder, replace_surrogates
 from dev.run.console import shown
 from dev.run.files import NewFile
-from dev.run.reading import read_json
+from dev.run.reading import is_a, read_json
 
 STATE = {"job": object, "complete": bool, "done": {str: [int, int, int]},
          "dealt?": {str: ([int, int, (str, None)], None)}}  # what a progress.json says
@@ -176,8 +176,9 @@ def _load_state(path, job, writers):
     done = state["done"]
     if state["job"] != job or done.keys() != writers.keys() or state.get("dealt", done).keys() != writers.keys():
         return fresh
-    if min(itertools.chain(*done.values())) < 0:
-        raise ValueError(f"{shown(path)}: a count is negative\n---> HINT: delete it to make the shards anew")
+    counts = [n for d in (*done.values(), *filter(None, state.get("dealt", {}).values())) for n in d if is_a(n, int)]
+    if min(counts) < 0 or max(counts) > 1 << 48:
+        raise ValueError(f"{shown(path)}: a count makes no sense\n---> HINT: delete it to make the shards anew")
     shards = (writer.path(i) for split, writer in writers.items() for i in range(done[split][0]))
     if not all(path.exists() for path in shards):  # one after another, until one is missing: a count may be absurd
         return fresh
