@@ -54,6 +54,7 @@ from dev.run.console import complaint, open_console
 from dev.run.engine import DECAYED, aligned
 from dev.run.files import SHARD_MAGIC, write_file
 from dev.run.machine import available_cpus, peak_memory
+from dev.run.reading import read_json
 from dev.run.text import Sampler, generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -598,7 +599,7 @@ def run(flags):
         print(f"load average {load:.1f}: other programs are running, so these numbers are not what the machine can do")
     results = setting | {"load_average": load}
     if flags.only and os.path.isfile(flags.output):
-        old = json.loads(Path(flags.output).read_text())
+        old = read_json(flags.output)
         results = old | results if all(old.get(key) == setting[key] for key in setting) else results
     os.makedirs(os.path.dirname(os.path.abspath(flags.output)), exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -625,7 +626,7 @@ def main(argv=None):
             worker(*flags.worker)
         elif flags.markdown:
             from dev.doc.plot_bench import markdown
-            print(markdown(json.loads(Path(flags.output).read_text())))
+            print(markdown(read_json(flags.output)))
         else:
             run(flags)
     except (OSError, RuntimeError, ValueError) as error:

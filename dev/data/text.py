@@ -53,7 +53,7 @@ class Corpus:
             if str(path) == "-":
                 yield from self.reader.read(sys.stdin.buffer, "standard input")
                 continue
-            if self.total is None:  # what is no plain file was named: <(…), whose end one waits for
+            if not path.is_file():  # <(…), whose end one waits for
                 say(f"reading {shown(path)}, which is no plain file, to its end")
             with open(path, "rb") as self.file:
                 yield from self.reader.documents(self.file, path)

@@ -12,11 +12,11 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
 import argparse
-import json
 from pathlib import Path
 
 from dev.data.command_line import DATA, run, show
 from dev.run.arguments import Parser
+from dev.run.reading import read_json
 
 OURS, INK, GRID = "#0a7e8c", "#333333", "#dddddd"
 PEERS = {"PyTorch": "#e8924a", "llm.c": "#a8adb3"}
@@ -185,7 +185,7 @@ def main(argv=None):
     parser.add_argument("-o", "--output", default=str(Path(__file__).with_name("step_time.svg")),
                         help=".svg or .png (dev/doc/step_time.svg)")
     flags = parser.parse_args(argv)
-    plot([json.loads(Path(file).read_text()) for file in flags.json], flags.output)
+    plot([read_json(file) for file in flags.json], flags.output)
     print(f"wrote {show(flags.output)}")
 
 

@@ -67,6 +67,11 @@ def test_damaged_states(train, refused, out, words):
     "[]", "{}", "null", "7", '"tokens_per_batch"', '{"tokens_per_batch": 16}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": 3}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [["a"], []]}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[1e999], []]}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[1' + "0" * 400 + "], []]}",
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "coins": 0}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "zero_stage": "1"}',
+    "[" * 100_000 + "]" * 100_000, '{"x": ' * 500 + "1" + "}" * 500,
 ])
 def test_damaged_run_file(train, refused, out, text):
     train("-x 4 -n 2")

@@ -494,6 +494,7 @@ def test_416_without_a_beginning(fails, server, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # the fuzzer
 
+@unix
 def test_a_short_run_of_the_fuzzer():
     run = subprocess.run([sys.executable, ROOT / "dev/test/fuzz.py", "--cases", "400", "--seed", "2"], text=True,
                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False)
@@ -518,6 +519,7 @@ sys.exit(fuzz.main())
 '''
 
 
+@unix
 def test_the_fuzzer_sees_what_falls():
     run = subprocess.run([sys.executable, "-c", FALLS.format(root=str(ROOT))], text=True, capture_output=True,
                          timeout=300, check=False)
