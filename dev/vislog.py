@@ -3,6 +3,8 @@ Plots training runs: loss, learning rate and, where a run measured it, HellaSwag
 
     python dev/vislog.py RUN [RUN ...] -o run.png                a run is a folder, or a file such as RUN/main.log
     python dev/vislog.py a=RUN b=RUN -o runs.svg --smooth 50     under other names, smoothed over 50 steps
+    python dev/vislog.py RUN -o run.csv                          a table: a line a step, for other programs
+    python dev/vislog.py RUN -o run.html --watch                 a page that shows a run while it goes on
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -11,15 +13,21 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
 import argparse
+import csv
+import html
+import io
 import itertools
 import math
+import os
 import re
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
 from dev.run.arguments import Parser
 from dev.run.console import program
+from dev.run.files import write_file
 
 # What OpenAI's checkpoints reach: validation loss on FineWeb and HellaSwag accuracy, as in llm.c's dev/vislog.ipynb.
 GPT2 = {"124M": (3.424958, 0.294463), "350M": (3.083089, 0.375224),
@@ -139,10 +147,11 @@ def range_of_losses(runs):
     return low - margin, high + margin
 
 
-def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
-    """Write the picture of runs, [(name, streams)], in the format that the path's suffix names.
+def plot(runs, kind, smooth=None, loss_min=None, loss_max=None, title=None, references=False):
+    """The bytes of a picture of runs, [(name, streams)]. kind: png, svg, pdf and others that matplotlib knows
 
-    smooth: train losses are averaged over so many steps; otherwise over a fiftieth of the run.
+    references: with OpenAI's models. smooth: train losses are averaged over so many steps; otherwise over
+    a fiftieth of the run.
     """
     try:
         import matplotlib
@@ -153,11 +162,12 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
     from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
     names = ["loss", "rate"] + ["eval"] * any(streams["eval"] for _, streams in runs)
-    longest = max(18, *(len(name) for name, _ in runs))
-    size = 10, 4.4 + 0.9 * len(names)
+    alone, longest = len(runs) == 1, max(11, *(len(name) for name, _ in runs))
+    size = 10, 3.9 + 0.8 * len(names)
     figure, panels = pyplot.subplots(len(names), 1, sharex=True, figsize=size, dpi=150, gridspec_kw={
-        "height_ratios": [3.4, 1, 1.2][:len(names)], "hspace": 0.42, "left": 0.06,
-        "right": max(0.5, 0.975 - 0.0078 * longest), "top": 0.88 if title else 0.93, "bottom": 0.075})
+        "height_ratios": [3.4, 1, 1.2][:len(names)], "hspace": 0.3, "left": 0.06,
+        "right": 0.985 if alone else max(0.5, 0.975 - 0.0078 * longest),
+        "top": 0.88 if title else 0.93, "bottom": 0.075})
     axes = dict(zip(names, panels, strict=True))
     low, high = range_of_losses(runs)
     axes["loss"].set_ylim(low if loss_min is None else loss_min, high if loss_max is None else loss_max)
@@ -178,33 +188,106 @@ def plot(runs, path, smooth=None, loss_min=None, loss_max=None, title=None):
             axes["loss"].plot(steps, losses, color=color, linewidth=0.9, linestyle=(0, (3, 1.5)), marker="o",
                               markersize=3.4, markerfacecolor="white", markeredgewidth=1.1)
             text.insert(0, f"val {losses[-1]:.3f}")
-        ends["loss"].append((losses[-1], [name, "  ".join(text)], color))
+        ends["loss"].append((losses[-1], [name, *text], color))
         if streams["lr"]:
             axes["rate"].plot(*columns(streams["lr"]), color=color, linewidth=1.5)
         if streams["eval"]:
             steps, accuracies = columns(streams["eval"])
             axes["eval"].plot(steps, accuracies, color=color, linewidth=1.2, marker="o", markersize=3)
-            ends["eval"].append((accuracies[-1], [f"{name} {100 * accuracies[-1]:.1f}%"], color))
+            ends["eval"].append((accuracies[-1], [name, f"{100 * accuracies[-1]:.1f}%"], color))
 
     keys = ["line: train", "circles: validation"]
-    if draw_references(axes["loss"], 0):
+    if references and draw_references(axes["loss"], 0):
         keys.append("dotted: OpenAI's models on FineWeb")
-    style(axes["loss"], f"Loss ({', '.join(keys)})", FuncFormatter(lambda y, _: f"{y:g}"))
+    own = f" of {': '.join([ends['loss'][0][1][0], ', '.join(ends['loss'][0][1][1:])])}" if alone else ""
+    style(axes["loss"], f"Loss{own} ({', '.join(keys)})", FuncFormatter(lambda y, _: f"{y:g}"))
     style(axes["rate"], "Learning rate",
           FuncFormatter(lambda y, _: re.sub(r"(\.0)?e-0?", "e-", f"{y:.1e}") if y else "0"))
     axes["rate"].set_ylim(bottom=0)
     axes["rate"].yaxis.set_major_locator(MaxNLocator(3))
     if "eval" in axes:
         style(axes["eval"], "HellaSwag accuracy", PercentFormatter(1, decimals=0))
-        draw_references(axes["eval"], 1)
-    for name in names:
+        if references:
+            draw_references(axes["eval"], 1)
+    for name in () if alone else names:
         label_ends(axes[name], ends[name])
     panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[-1].set_xlabel("step", color=FAINT, fontsize=9, loc="right")
     if title:
         figure.suptitle(title, x=0.06, y=0.97, ha="left", fontsize=13, color=INK)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind)
     pyplot.close(figure)
+    return picture.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the other kinds of output
+
+def table(runs):
+    """The text of a CSV file: for each step of each run what was measured there"""
+    names = {"trl": "train_loss", "tel": "val_loss", "lr": "learning_rate", "norm": "grad_norm", "eval": "hellaswag"}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "step", *names.values()])
+    for run, streams in runs:
+        for step in sorted({step for stream in streams.values() for step in stream}):
+            writer.writerow([run, step, *(streams[name].get(step, "") for name in names)])
+    return out.getvalue()
+
+
+def page(runs, picture, seconds):
+    """The text of an HTML page with a picture (svg) in it, which needs no other file. seconds: a browser loads it again
+    so often, None = never"""
+    again = f'<meta http-equiv="refresh" content="{seconds}">' if seconds else ""
+    picture = picture[picture.index("<svg"):].replace("<svg ", '<svg style="width: 100%; height: auto" ', 1)
+    names = html.escape(", ".join(name for name, _ in runs))
+    state = f"renewed every {seconds} s" if seconds else "not renewed any more"
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{again}<title>{names}</title></head>'
+            f'<body style="margin: 1em; font: 14px sans-serif; color: {FAINT}">'
+            f'<div style="max-width: 75em">{picture}</div>'
+            f'<p>{names}, {time.strftime("%Y-%m-%d %H:%M:%S")}, {state}</p></body></html>\n')
+
+
+def read_runs(arguments):
+    """[(name, streams)] of the runs that are named. ValueError where one has no step"""
+    runs = []
+    for name, path in find_runs(arguments):
+        streams, malformed = read_log(path)
+        if malformed:
+            print(f"{path}: {malformed} malformed line{'s' * (malformed > 1)} skipped")
+        if not streams["trl"] and not streams["tel"]:
+            raise ValueError(f"{path}: there is no step in it")
+        runs.append((name, streams))
+    return runs
+
+
+def write(flags, runs, seconds=None):
+    """Write the output, in the format that its suffix names; a page is loaded again every so many seconds."""
+    kind = Path(flags.output).suffix.lower().strip(".") or "png"
+    options = flags.smooth, flags.loss_min, flags.loss_max, flags.title, flags.gpt2
+    if kind == "csv":
+        data = table(runs).encode()
+    elif kind == "html":
+        data = page(runs, plot(runs, "svg", *options).decode(), seconds).encode()
+    else:
+        data = plot(runs, kind, *options)
+    write_file(flags.output, data)
+
+
+def watch(flags):
+    """Write the page again whenever a log has changed, until Ctrl-C; then once more, so that it rests."""
+    seen, runs = None, read_runs(flags.runs)
+    print(f"{flags.output} is renewed every {flags.watch} s: open it in a browser; Ctrl-C ends this")
+    try:
+        while True:
+            sizes = [os.stat(path)[6:9:2] for _, path in find_runs(flags.runs)]
+            if sizes != seen:
+                seen, runs = sizes, read_runs(flags.runs)
+                write(flags, runs, flags.watch)
+            time.sleep(flags.watch)
+    except KeyboardInterrupt:
+        write(flags, runs)
 
 
 def main(argv=None):
@@ -216,7 +299,11 @@ def draw(argv):
     parser = Parser(prog="vislog.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder or log, optionally as NAME=PATH")
-    parser.add_argument("-o", "--output", default="runs.png", help="the picture: .png, .svg or .pdf")
+    parser.add_argument("-o", "--output", default="runs.png",
+                        help="a picture: .png, .svg or .pdf; a page: .html; a table: .csv")
+    parser.add_argument("--watch", type=int, nargs="?", const=5, metavar="SECONDS",
+                        help="renew an .html so often (without a number: every 5 s) while a run goes on")
+    parser.add_argument("--gpt2", action="store_true", help="with what OpenAI's models reach on FineWeb and HellaSwag")
     parser.add_argument("--smooth", type=int,
                         help="steps that the train loss is averaged over (default: a fiftieth of the run)")
     parser.add_argument("--loss_min", type=float, help="lower end of the loss axis")
@@ -229,15 +316,9 @@ def draw(argv):
     for name in "loss_min", "loss_max":
         if not math.isfinite(getattr(flags, name) or 0):
             raise ValueError(f"--{name} is a loss, not {getattr(flags, name)}\n---> HINT: leave it out")
-    runs = []
-    for name, path in find_runs(flags.runs):
-        streams, malformed = read_log(path)
-        if malformed:
-            print(f"{path}: {malformed} malformed line{'s' * (malformed > 1)} skipped")
-        if not streams["trl"] and not streams["tel"]:
-            raise ValueError(f"{path}: there is no step in it")
-        runs.append((name, streams))
-    plot(runs, flags.output, flags.smooth, flags.loss_min, flags.loss_max, flags.title)
+    if flags.watch is not None and (flags.watch < 1 or not flags.output.endswith(".html")):
+        raise ValueError("--watch renews a page every so many seconds, 1 or more\n---> HINT: -o run.html --watch 5")
+    watch(flags) if flags.watch else write(flags, read_runs(flags.runs))
     print(f"wrote {flags.output}")
 
 

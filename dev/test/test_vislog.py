@@ -86,9 +86,57 @@ def test_text_of_a_picture(write_run, tmp_path, monkeypatch):
     run = write_run("my_run", steps + "s:100 tel:3.1\n")
     vislog.main([str(run), "-o", str(tmp_path / "run.svg")])
     text = (tmp_path / "run.svg").read_text()
-    words = "my_run", "val 3.100", "train 3.010", "GPT-2 124M", "GPT-2 350M", "Learning rate"
-    assert all(word in text for word in words)
-    assert "GPT-2 1558M" not in text and "HellaSwag" not in text
+    assert all(word in text for word in ("my_run", "val 3.100", "train 3.010", "Learning rate"))
+    assert "GPT-2" not in text and "HellaSwag" not in text
+    vislog.main([str(run), "-o", str(tmp_path / "run.svg"), "--gpt2"])
+    text = (tmp_path / "run.svg").read_text()
+    assert "GPT-2 124M" in text and "GPT-2 350M" in text and "GPT-2 1558M" not in text
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_a_picture_is_full(write_run, monkeypatch, names):
+    """The axes have four fifths of its width, and more where there is one run."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: figures.append(figure))
+    vislog.plot([(name, vislog.read_log(write_run(name) / "main.log")[0]) for name in names], "png")
+    widths = [axes.get_position().width for axes in figures[0].axes]
+    assert min(widths) > (0.9 if len(names) == 1 else 0.8)
+
+
+def test_table(write_run, tmp_path):
+    runs = [str(write_run("a")), str(write_run("b", "s:7 trl:3.0 lr:0.1 norm:1.0\n"))]
+    assert vislog.main([*runs, "-o", str(tmp_path / "runs.csv")]) == 0
+    assert (tmp_path / "runs.csv").read_text().splitlines() == [
+        "run,step,train_loss,val_loss,learning_rate,grad_norm,hellaswag", "a,0,5.6,5.5,0.0003,3.1,",
+        "a,1,5.4,,0.0006,2.9,", "a,2,,5.25,,,0.26", "b,7,3.0,,0.1,1.0,"]
+
+
+def test_watch(write_run, tmp_path, monkeypatch):
+    """The page is written when the log has grown, and rests after Ctrl-C."""
+    pytest.importorskip("matplotlib")
+    run, path, pages = write_run("<a>"), tmp_path / "run.html", []
+
+    def sleep(seconds):
+        pages.append(path.read_text())
+        if len(pages) == 3:
+            raise KeyboardInterrupt
+        if len(pages) == 2:
+            with open(run / "main.log", "a") as log:
+                log.write("s:3 tel:1.2345\n")
+    monkeypatch.setattr(vislog.time, "sleep", sleep)
+    assert vislog.main([str(run), "-o", str(path), "--watch", "3"]) == 0
+    assert pages[0] == pages[1] != pages[2] and 'http-equiv="refresh" content="3"' in pages[2]
+    assert "http-equiv" not in path.read_text() and "<title>&lt;a&gt;</title>" in path.read_text()
+    assert not re.search(r"(src|href)=.(?!#)", re.sub(r"xlink:href=.#", "", path.read_text()))  # no other file
+
+
+@pytest.mark.parametrize("more", [["-o", "run.png", "--watch"], ["-o", "run.html", "--watch", "0"]])
+def test_what_cannot_be_watched(write_run, more, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert vislog.main([str(write_run("a")), *more]) == 1
+    assert re.fullmatch(r"error: .*\n---> HINT: .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flag", ["--smooth", "--loss_min", "--loss_max"])
