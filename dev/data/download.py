@@ -17,6 +17,7 @@ import requests
 
 from dev.data.command_line import Progress, say, show
 from dev.run.console import shown
+from dev.run.files import NewFile, destination
 
 HF = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 LARGEST = 1 << 40  # bytes of a file
@@ -55,6 +56,7 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=Fa
         else:
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(destination(path))  # the part lies beside it, and becomes it
     part = path.with_name(path.name + ".part")
     say(f"downloading {url} to {show(path)}")
     progress = Progress(path.name)
@@ -93,6 +95,11 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=Fa
     os.replace(part, path)
     _identity_file(part).unlink(missing_ok=True)
     return path
+
+
+def open_no_link(path, flags):
+    """An opener for open(): a name that others can foresee must not be a link to somewhere else."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def require_room(folder, needed):
@@ -161,9 +168,10 @@ def _fetch(url, part, size, timeout, progress, most):
             raise Retry("the file has changed since the download began; starting over")
         known.unlink(missing_ok=True)
         if not encoded:  # a position in an unpacked stream is none in the file
-            known.write_text(identity, errors="replace")
+            with NewFile(known) as f:
+                f.write(identity.encode(errors="replace"))
 
-        with open(part, "ab" if status == 206 else "wb") as f:
+        with open(part, "ab" if status == 206 else "wb", opener=open_no_link) as f:
             for block in response.iter_content(1 << 14):  # a lost connection loses no more than this
                 f.write(block)
                 if f.tell() > bound and total is None:

@@ -2,14 +2,14 @@
 What the trainer reads: token shards, and evaluation sets.
 """
 
-import glob
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
 from dev.data.command_line import say, show
-from dev.run.files import EVAL_MAGIC, HEADER_BYTES, SHARD_MAGIC, NewFile, new_header
+from dev.run.files import EVAL_MAGIC, HEADER_BYTES, SHARD_MAGIC, NewFile, new_header, remove_temporary
 
 
 def shard_header(ntok):
@@ -103,11 +103,20 @@ class ShardWriter:
             self.shard.discard()
         self.shard, self.count = None, 0
 
+    def names(self):
+        """A regular expression for the names of its shards, and of nothing else"""
+        split = re.escape(self.split) if self.split else "(?:val|train)"
+        return rf"{re.escape(self.name)}_{split}{'_[0-9]{6}' if self.numbered else ''}\.bin"
+
+    def remove_leftovers(self):
+        """Remove the beginning of a shard that was being written when a run was killed."""
+        if self.folder.is_dir():
+            remove_temporary(self.folder, self.names())
+
     def remove_shards(self):
         """Remove the shards of an earlier run with this name, so that old and new ones never mix."""
-        for split in [self.split] if self.split else ["val", "train"]:
-            number = "_" + "[0-9]" * 6 if self.numbered else ""
-            for path in self.folder.glob(f"{glob.escape(self.name)}_{split}{number}.bin*"):
+        for path in self.folder.iterdir() if self.folder.is_dir() else []:
+            if re.fullmatch(self.names(), path.name):
                 path.unlink()
 
 

@@ -123,6 +123,8 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
     if state["complete"] or full:
         say(f"{show(folder)} has all of it already\n---> HINT: to make it anew, delete {show(state_path)}")
         return
+    for writer in writers.values():
+        writer.remove_leftovers()
     if any(d[0] for d in done.values()):
         say(f"going on after {sum(d[0] for d in done.values())} complete shards")
     else:

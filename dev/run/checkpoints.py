@@ -284,7 +284,8 @@ def remove_old_checkpoints(folder, keep, major_every):
     complete = complete_checkpoints(folder)
     if not keep or not complete:
         return
-    matches = (re.match(r"(?:DONE|model|state|run)_(\d{8})", name) for name in os.listdir(folder))
+    names = r"(?:DONE|model|state|run)_(\d{8})(?:_\d{5})?(?:\.bin|\.json)?"
+    matches = (re.fullmatch(names, name) for name in os.listdir(folder))
     steps = {int(match[1]) for match in matches if match}
     minor = [step for step in complete if not major_every or step % major_every]
     for step in steps - set(minor[-keep:]) - (set(complete) - set(minor)):
@@ -294,7 +295,7 @@ def remove_old_checkpoints(folder, keep, major_every):
 
 def remove_checkpoint(folder, step):
     """Remove what there is of a checkpoint: DONE first, the states of all processes last"""
-    states = sorted(name for name in os.listdir(folder) if name.startswith(f"state_{step:08d}_"))
+    states = sorted(name for name in os.listdir(folder) if re.fullmatch(rf"state_{step:08d}_\d{{5}}\.bin", name))
     for path in checkpoint_files(folder, step) + [os.path.join(folder, name) for name in states]:
         if os.path.exists(path):
             os.unlink(path)

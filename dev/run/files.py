@@ -5,6 +5,8 @@ either the old file or the whole new one.
 A file is a header of 256 int32, which begins with a magic number and a version, and then the data.
 """
 import os
+import re
+import secrets
 import stat
 
 import numpy as np
@@ -84,30 +86,59 @@ def to_bfloat16(x):
     return out
 
 
+def destination(path):
+    """Where a file is to be written: at the end of the user's links. ValueError where something is there that is no
+    plain file and would be replaced, such as a device; or a link that a stranger put into a folder for all."""
+    try:
+        link, folder = os.lstat(path), os.stat(os.path.dirname(os.path.abspath(path)))
+    except FileNotFoundError:
+        return os.path.realpath(path)
+    shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH  # as /tmp: the rule of Linux' own
+    if stat.S_ISLNK(link.st_mode) and shared and link.st_uid not in (os.geteuid(), folder.st_uid):
+        raise ValueError(f"{path} is another user's link in a folder that all may write to\n"
+                         "---> HINT: name another file")
+    end = os.path.realpath(path)
+    if os.path.exists(end) and not os.path.isfile(end):
+        kind = "folder" if os.path.isdir(end) else "pipe" if stat.S_ISFIFO(os.stat(end).st_mode) else "device"
+        raise ValueError(f"{path} is a {kind}, expected the name of a file, which could be replaced\n"
+                         "---> HINT: name another file")
+    return end
+
+
+def remove_temporary(folder, names):
+    """Remove what NewFile has left in a folder where it was killed: of files whose names match a regular expression."""
+    for name in os.listdir(folder):
+        if re.fullmatch(rf"(?:{names})(?:\.[0-9a-f]{{16}})?\.tmp", name):
+            os.unlink(os.path.join(folder, name))
+
+
 class NewFile:
     """
-    A binary file that is written under a temporary name, path.tmp, and gets its own, for good, when it is complete.
+    A binary file that is written under a temporary name, path.<16 random digits>.tmp, and gets its own, for good, when
+    it is complete. Nobody can have put anything there before: the temporary file is made anew, through no link.
 
         with NewFile(path) as file:  # what was at `path` before stays there when the block ends with an exception
             file.write(...)
 
-    Where a block is no place for it, open(), finish() and discard() are the same in three steps.
+    Where a block is no place for it, open(), finish() and discard() are the same in three steps. A link at `path`
+    stays, and what it points to is replaced. ValueError where `path` is a device, a pipe or a folder.
     """
 
     def __init__(self, path):
-        self.path, self.temporary, self.file = path, f"{path}.tmp", None
+        self.path, self.target, self.file = path, destination(path), None
+        self.temporary = f"{self.target}.{secrets.token_hex(8)}.tmp"
 
     def open(self):
         """Begin the file; returns what to write to. The folder must be there."""
-        self.file = open(self.temporary, "wb")
+        self.file = open(self.temporary, "xb")
         return self.file
 
     def finish(self):
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        os.replace(self.temporary, self.path)
-        sync_folder(os.path.dirname(os.path.abspath(self.path)))
+        os.replace(self.temporary, self.target)
+        sync_folder(os.path.dirname(self.target))
 
     def discard(self):
         """Remove what there is of it, also where an interruption came just after the file was made."""

@@ -4,7 +4,6 @@ The output folder of a run: who may write there, main.log, and what earlier runs
 Nothing that was there before changes until the first step has succeeded: until then a run may have been a mistake.
 """
 import contextlib
-import glob
 import os
 import re
 
@@ -12,12 +11,14 @@ import numpy as np
 
 from dev.run.checkpoints import complete_checkpoints, remove_checkpoint, remove_old_checkpoints, save
 from dev.run.console import say, shown
-from dev.run.files import write_file
+from dev.run.files import remove_temporary, write_file
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+FILES = r"main\.log|DONE_\d{8}|model_\d{8}\.bin|state_\d{8}_\d{5}\.bin|run_\d{8}\.json"  # what a run writes
 
 
 @contextlib.contextmanager
@@ -135,8 +136,7 @@ class Output:
     def begin(self):
         """Remove what a run that was killed, or that is not resumed, has left; begin the log."""
         if self.logs and not self.begun:
-            for path in glob.glob(os.path.join(glob.escape(self.folder), "*.tmp")):
-                os.unlink(path)
+            remove_temporary(self.folder, FILES)
             if self.run.resumed:
                 flags = self.flags
                 remove_old_checkpoints(self.folder, flags.checkpoints_keep, flags.major_checkpoint_every)
@@ -154,9 +154,9 @@ def begin_log(path, resumed):
     lines = []
 
     def known(line):  # at the checkpoint's step, validation came before it, training after
-        match = re.match(r"s:(\d+) (\w+):.*\n", line)
-        return match and (int(match[1]), match[2] == "trl") < resumed
-    if resumed and os.path.exists(path):
-        with open(path) as file:
+        match = re.match(rb"s:(\d+) (\w+):.*\n", line)
+        return match and (int(match[1]), match[2] == b"trl") < resumed
+    if resumed and os.path.isfile(path):
+        with open(path, "rb") as file:  # as it is: not every byte may be text
             lines = filter(known, file.readlines())
-    write_file(path, np.frombuffer("".join(lines).encode(), np.uint8))
+    write_file(path, np.frombuffer(b"".join(lines), np.uint8))

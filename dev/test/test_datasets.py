@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_shard_that_is_interrupted_as_it_begins(tmp_path, monkeypatch):
     writer = ShardWriter(tmp_path, "x", "train")
     with pytest.raises(KeyboardInterrupt):
         next(writer.write(np.arange(3, dtype=np.uint16)))
-    assert os.listdir(tmp_path) == ["x_train.bin.tmp"]
+    assert [re.sub("[0-9a-f]{16}", "*", name) for name in os.listdir(tmp_path)] == ["x_train.bin.*.tmp"]
     writer.discard()
     assert not os.listdir(tmp_path)
 
@@ -233,6 +234,22 @@ def test_tokenize_starts_afresh(job):
         assert contents(job("b", None, description and "job")) == whole
         assert len(job.encoded) == batches
         (job.root / "b" / "x.progress.json").unlink(missing_ok=True)
+
+
+def test_tokenize_spares_files_of_the_users(job):
+    """A new run removes what an earlier one left under exactly its names; one that goes on, what was half written."""
+    theirs = ["x_train_000000.bin.bak", "x_train_000000.bin.gz", "x_train_000000.bin.tmp.bak", "x_train_0000001.bin",
+              "y_train_000000.bin", "my_x_train_000000.bin"]
+    whole = contents(job("a"))
+    (job.root / "b").mkdir()
+    for name in theirs:
+        (job.root / "b" / name).write_text(name)
+    with pytest.raises(KeyboardInterrupt):
+        job("b", 30)
+    (job.root / "b" / "x_train_000007.bin.0123456789abcdef.tmp").write_text("half")
+    left = contents(job("b"))
+    assert {name: left[name] for name in whole} == whole
+    assert all((job.root / "b" / name).read_text() == name for name in theirs)
 
 
 def test_tokenize_stops_and_goes_on(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def fill_disk(patch, writes):
     left = iter(range(writes))
 
     def open_file(path, mode="r"):
-        return FullDisk(open(path, mode), left) if mode == "wb" else open(path, mode)
+        return FullDisk(open(path, mode), left) if mode == "xb" else open(path, mode)
     for module in files, checkpoints:
         patch.setattr(module, "open", open_file, raising=False)
 

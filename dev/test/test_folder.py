@@ -3,6 +3,7 @@ import itertools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
@@ -257,3 +258,49 @@ def test_no_validation_needs_no_validation_data(train, tmp_path):
     assert "step 1/" in printed and "val loss" not in printed and "nan" not in printed
     assert "missing.bin" in train(f"-x 2 -v 1 -j {tmp_path / 'missing.bin'}", status=1)
     assert "missing.bin" in train(f"-x 2 -v 0 -a 1 -j {tmp_path / 'missing.bin'}", status=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of others in the folder
+
+@pytest.mark.parametrize("more", ["--overwrite 1", "-y 1 -nk 1"])
+def test_files_of_the_users_stay(train, out, more):
+    train("-x 4 -n 2")
+    ours = ["model_00000009.bin.tmp", "main.log.0123456789abcdef.tmp", "DONE_00000009.0123456789abcdef.tmp"]
+    theirs = ["thesis.tmp", "model.tmp", "model_00000009.bin.bak.tmp", "state_00000002_notes.txt",
+              "model_00000002.bin.bak", "state_00000002_00000.bin.gz", "run_00000001.json~", "DONE_00000001.txt"]
+    for name in ours + theirs:
+        (out / name).write_text(name)
+    train(f"-x 6 -n 2 {more}")
+    assert all((out / name).read_text() == name for name in theirs)
+    assert not any((out / name).exists() for name in ours)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Unix only")
+@pytest.mark.parametrize("resume", [0, 1])
+def test_a_log_that_is_a_pipe(train, out, resume):
+    """Nobody is waited for, and it stays."""
+    train("-x 2 -n 2")
+    (out / "main.log").unlink()
+    os.mkfifo(out / "main.log")
+    printed = train(f"-x 4 -n 2 -y {resume} --overwrite {1 - resume}", status=1)
+    assert "main.log is a pipe" in printed and stat.S_ISFIFO((out / "main.log").stat().st_mode)
+
+
+@pytest.mark.parametrize("target", [os.devnull, "/dev/full"])
+def test_an_output_folder_that_is_a_device(train, target):
+    before = os.stat(target)
+    train(f"-x 1 -n 1 -o {target}", status=1)
+    assert os.stat(target)[:2] == before[:2]
+
+
+def test_a_log_with_bytes_that_are_no_text(train, out, tmp_path):
+    train(f"-x 6 -n 2 -o {tmp_path / 'whole'}")
+    train("-x 4 -n 2")
+    whole = (tmp_path / "whole" / "main.log").read_bytes()
+    with open(out / "main.log", "ab") as file:
+        file.write(b"s:4 trl:\xff\xfe\n\xc3")
+    before = (out / "main.log").read_bytes().replace(b"lr:", b"\xff:", 1)
+    (out / "main.log").write_bytes(before)
+    train("-x 6 -n 2 -y 1")
+    assert (out / "main.log").read_bytes() == whole.replace(b"lr:", b"\xff:", 1)
