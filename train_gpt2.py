@@ -17,11 +17,9 @@ What it deliberately is not: a framework. There is no autograd (the backward pas
 """
 import contextlib
 import functools
-import glob
 import importlib
 import inspect
 import math
-import os
 import platform
 import sys
 import time
@@ -39,8 +37,9 @@ from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
+from dev.run.data import find_shards, fitting, tokens_in
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, SHARD_MAGIC, check_size, open_file, read_header, require_numbers
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, read_header, require_numbers
 from dev.run.flags import parse_flags
 from dev.run.folder import Output, own_folder
 from dev.run.machine import allow_amx, peak_memory, require_memory, shortest, threads_of
@@ -50,7 +49,7 @@ from dev.run.random_weights import draw, init_random
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
 from dev.run.stop import Stop
-from dev.run.text import Sampler, Tokenizer, encode, generate
+from dev.run.text import Sampler, generate, tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -1291,18 +1290,8 @@ class DataLoader:
         if B < 1 or T < 1:
             raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
         self.B, self.T, self.rank, self.processes, self.vocab_size = B, T, process_rank, num_processes, vocab_size
-        folder, name = os.path.split(pattern)
-        folder = glob.escape(folder) if os.path.isdir(folder) else folder
-        self.files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(os.path.join(folder, name)))
-        if not self.files:
-            raise FileNotFoundError(f"no file matches {pattern}\n---> HINT: python dev/data/tinyshakespeare.py writes "
-                                    "Tiny Shakespeare's shards; dev/data/ has scripts for other text")
-        self.shard_tokens = []
-        for path in self.files:
-            with open_file(path) as file:
-                tokens = int(read_header(file, path, SHARD_MAGIC, (1,))[2])
-            check_size(path, HEADER_BYTES + 2 * tokens)
-            self.shard_tokens.append(tokens)
+        self.files = find_shards(pattern)
+        self.shard_tokens = [tokens_in(path, vocab_size) for path in self.files]
         self.num_tokens = sum(self.shard_tokens)
         self.num_batches = sum(map(self.samples_in, range(len(self.files))))
         if not self.num_batches:
@@ -1402,18 +1391,19 @@ def train(flags, processes=ALONE):
     """Train a model as the flags say: once in a while estimate how good it is, let it write, save it; then a step."""
     B, T, folder, report = flags.batch_size, flags.sequence_length, flags.output_dir, Report(flags, processes)
     resume_step, checkpoint = newest_checkpoint(folder) if flags.resume else (None, None)
-    engine = build(checkpoint or flags.model, flags.device, flags.precision, processes, **flags.options)
+    model = checkpoint or fitting(flags.model, flags.input_bin)
+    engine = build(model, flags.device, flags.precision, processes, **flags.options)
     report.program(engine)
 
     # the data, and what else can be wrong, before anything takes time or memory
-    overfit, known = bool(flags.overfit_single_batch), {"vocab_size": engine.config.vocab_size}
-    val_loader = DataLoader(flags.input_val_bin, B, T, **known) if flags.val_loss_every else NO_DATA
-    loader = DataLoader(flags.input_val_bin if overfit else flags.input_bin, B, T, should_shuffle=not overfit, **known)
+    overfit, V = bool(flags.overfit_single_batch), engine.config.vocab_size
+    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=V) if flags.val_loss_every else NO_DATA
+    loader = DataLoader((flags.input_bin, flags.input_val_bin)[overfit], B, T, should_shuffle=not overfit, vocab_size=V)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
-    examples = read_examples(HELLASWAG, **known)[:flags.eval_examples or None] if flags.hellaswag_eval else []
-    tokenizer, sampler = Tokenizer(), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
-    prompt = encode(flags.prompt) or [min(tokenizer.eot_token, engine.config.vocab_size - 1)]  # another text's end
+    examples = read_examples(HELLASWAG, V)[:flags.eval_examples or None] if flags.hellaswag_eval else []
+    tokenizer, sampler = tokenizer_for(V), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
+    prompt = tokenizer.encode(flags.prompt) or [min(tokenizer.eot_token, V - 1)]  # after another text's end
     processes.agree(checkpoint=resume_step or 0, training_tokens=loader.num_tokens,
                     validation_tokens=val_loader.num_tokens, examples=len(examples))
 

@@ -22,7 +22,7 @@ import time
 from dev.run.arguments import Defaults, Parser
 from dev.run.console import lose, program, say
 from dev.run.flags import add_device
-from dev.run.text import Sampler, Tokenizer, encode, generate
+from dev.run.text import Sampler, generate, tokenizer_for
 from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import build
 
@@ -41,7 +41,7 @@ def parse_flags(argv):
     flag("--top_k", type=int, default=0, help="draw from the k most likely tokens, 0 = all")
     flag("--top_p", type=float, default=0.0, help="of the likeliest that have this probability together, 0 = all")
     flag("--seed", type=int, default=1337, help="of the sampler")
-    flag("--past_end", action="store_true", help="go on with another text where the model ends one (token 50256)")
+    flag("--past_end", action="store_true", help="go on with another text where the model ends one")
     flags = parser.parse_args(argv)
     if flags.tokens < 1 or flags.samples < 1:
         parser.error("--tokens and --samples must be at least 1")
@@ -65,7 +65,7 @@ def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     engine = build(flags.model, flags.device, flags.precision)
     config, own = engine.config, own_vocabulary(flags.model)
-    tokenizer = own or Tokenizer()
+    tokenizer = own or tokenizer_for(config.vocab_size)
     if own and own.tokens is None:
         say(f"texts are printed as token numbers: {own.problem}", file=sys.stderr)
     elif tokenizer.tokens is None:
@@ -73,7 +73,7 @@ def run(flags):
             file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
-    prompt = (own.encode if own else encode)(text) if text else [end]  # a text begins after the end of another
+    prompt = tokenizer.encode(text) if text else [end]  # a text begins after the end of another
     with contextlib.redirect_stdout(sys.stderr):
         memory = engine.prepare(1, config.max_seq_len, train=False)
         print(f"{flags.model}: {engine.num_parameters:,} parameters, {sum(memory.values()) / 2**20:,.0f} MiB of memory")

@@ -459,7 +459,7 @@ def write_reference(name, model, x, y, directory, weights):
     if model.config.V == 50257 and not os.path.exists(tokenizer_path):
         from dev.data.vocabulary import write_tokenizer  # needs tiktoken, so only where it is used
 
-        write_tokenizer(tokenizer_path)
+        write_tokenizer(directory)
 
 
 @torch.no_grad()

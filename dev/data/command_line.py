@@ -21,12 +21,16 @@ def run(main):
 def add_common_flags(parser, workers=False, shard_size=None):
     parser.add_argument("--data_dir", type=Path, default=DATA, help="where results go (default: data/)")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "tiny"), default="gpt2",
-                        help="bytes: GPT-2's ids of single bytes, which need no vocabulary; "
-                             "tiny: the same for dev/test/gpt2_tiny.bin, whose end of text is 299")
+                        help="bytes: 257 tokens, for small models; tiny: for dev/test/gpt2_tiny.bin")
     if workers:
         parser.add_argument("--workers", type=int, default=0, help="processes that tokenise (default: one a core)")
     if shard_size:
         parser.add_argument("-s", "--shard_size", type=int, default=shard_size, help="tokens in a shard")
+
+
+def folder_name(name, tokenizer):
+    """Of a set of data whose files have fixed names: those of bytes have a folder of their own"""
+    return f"{name}_bytes" if tokenizer == "bytes" else name
 
 
 def show(path):

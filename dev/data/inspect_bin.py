@@ -35,6 +35,7 @@ from dev.run.files import (
     read_header,
 )
 from dev.run.reading import reading
+from dev.run.text import Bytes
 
 
 def read_tokenizer(path):
@@ -54,7 +55,7 @@ class Report:
     """Prints what is known about one file, and remembers whether a check failed."""
 
     def __init__(self, path, tokenizer):
-        self.path, self.tokenizer, self.ok = path, tokenizer, True
+        self.path, self.tokenizer, self.ok = path, tokenizer, True  # tokenizer: GPT-2's, the bytes of every token
         self.size = os.path.getsize(path)
 
     def line(self, name, value):
@@ -86,14 +87,18 @@ def inspect_shard(r, header):
     r.line("tokens", f"{count:,}")
     r.check(header[1] == 1, f"version {header[1]}, known is 1")
     r.check_size(HEADER_BYTES + 2 * count)
-    tokens = r.map("<u2", HEADER_BYTES, count)
+    tokens, vocabulary = r.map("<u2", HEADER_BYTES, count), int(header[3]) or VOCAB_SIZE
+    kind = {VOCAB_SIZE: "GPT-2's", len(Bytes.tokens): "bytes"}.get(vocabulary, "another one")
+    r.line("vocabulary", f"{kind}, {vocabulary:,} tokens")
+    if vocabulary != VOCAB_SIZE:
+        r.tokenizer = Bytes.tokens if kind == "bytes" else None
     if r.check(len(tokens), "no tokens"):
         blocks = [tokens[i : i + 10**7] for i in range(0, len(tokens), 10**7)]
         largest = max(int(b.max()) for b in blocks)
-        documents = sum(int((b == EOT).sum()) for b in blocks)
+        documents = sum(int((b == vocabulary - 1).sum()) for b in blocks)
         r.line("documents", f"{documents:,} (end-of-text tokens), {len(tokens) / max(documents, 1):,.0f} tokens each")
         r.line("largest token", largest)
-        r.check(largest < VOCAB_SIZE, f"token {largest} is not in GPT-2's vocabulary of {VOCAB_SIZE}")
+        r.check(largest < vocabulary, f"token {largest} is not in the vocabulary of {vocabulary}")
         r.line("begins", r.text(tokens[:48]))
         r.line("ends", r.text(tokens[-16:]))
 

@@ -12,10 +12,11 @@ from dev.data.command_line import say, show
 from dev.run.files import EVAL_MAGIC, HEADER_BYTES, SHARD_MAGIC, NewFile, new_header, remove_temporary
 
 
-def shard_header(ntok):
+def shard_header(ntok, vocabulary=0):
+    """vocabulary: its size, 0 for GPT-2's: so llm.c's files stay what they are"""
     if not 0 < ntok < 2**31:
         raise ValueError(f"a shard holds 1 to 2^31 - 1 tokens, not {ntok:,}")
-    return new_header(SHARD_MAGIC, 1, ntok)
+    return new_header(SHARD_MAGIC, 1, ntok, vocabulary)
 
 
 def shard_bytes(ntok):
@@ -23,7 +24,7 @@ def shard_bytes(ntok):
 
 
 def announce(ntok, path):
-    say(f"writing {ntok:,} tokens to {show(path)} ({shard_bytes(ntok):,} bytes) in the gpt-2 format")
+    say(f"writing {ntok:,} tokens to {show(path)} ({shard_bytes(ntok):,} bytes)")
 
 
 def check_shard(path):
@@ -39,12 +40,12 @@ def check_shard(path):
     return ntok
 
 
-def write_datafile(path, tokens):
+def write_datafile(path, tokens, vocabulary=0):
     """Write tokens (integers in 0 … 65535) as one shard. Raises ValueError for others, and writes nothing then."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens are a list of integers, found {tokens.dtype} of shape {tokens.shape}")
-    header = shard_header(len(tokens))
+    header = shard_header(len(tokens), vocabulary)
     if tokens.min() < 0 or tokens.max() > 65535:
         raise ValueError(f"tokens lie in 0 … 65535, found {tokens.min()} … {tokens.max()}")
     announce(len(tokens), path)
@@ -66,6 +67,7 @@ class ShardWriter:
             raise ValueError(f"a shard holds 1 to 2^31 - 1 tokens, not {shard_size:,}")
         self.folder, self.name, self.split = Path(folder), name, split
         self.numbered, self.shard_size = shard_size is not None, shard_size or 2**31 - 1
+        self.vocabulary = 0  # see shard_header(); tokenize() sets it
         self.shard, self.shards, self.count = None, 0, 0  # the open one, how many are complete, tokens in the open one
 
     def path(self, index):
@@ -93,7 +95,7 @@ class ShardWriter:
             return
         announce(self.count, self.shard.path)
         self.shard.file.seek(0)
-        self.shard.file.write(shard_header(self.count))
+        self.shard.file.write(shard_header(self.count, self.vocabulary))
         self.shard.finish()
         self.shard, self.shards, self.count = None, self.shards + 1, 0
 

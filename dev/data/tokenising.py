@@ -19,7 +19,7 @@ import time
 import numpy as np
 
 from dev.data.command_line import Progress, say, show
-from dev.data.vocabulary import get_encoder, replace_surrogates
+from dev.data.vocabulary import get_encoder, header_word, replace_surrogates, write_tokenizer
 from dev.run.console import shown
 from dev.run.files import NewFile
 from dev.run.reading import is_a, read_json
@@ -133,6 +133,8 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
             writer.remove_shards()
 
     get_encoder(tokenizer)  # fetched once, before the workers look for it
+    for writer in writers.values():
+        writer.vocabulary = header_word(tokenizer)
     start, total, progress = time.monotonic(), 0, Progress("tokenising")
     behind = min(done, key=lambda split: done[split][1])
     if deal:
@@ -159,7 +161,10 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
             for writer in writers.values():
                 writer.finish()
             state["complete"] = True
-            if job and any(writer.shards for writer in writers.values()):  # nothing is not worth remembering
+            anything = any(writer.shards for writer in writers.values())  # nothing is not worth remembering
+            if anything and tokenizer == "bytes":
+                write_tokenizer(folder.parent, tokenizer)
+            if anything and job:
                 _save_state(state_path, state)
     finally:
         progress.clear()

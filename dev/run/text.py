@@ -14,7 +14,8 @@ MOST_TOKENS = 1 << 20  # of a vocabulary; the largest in use have 256,000
 
 
 class Tokenizer:
-    """Turns tokens into text: token by token, as they are drawn. Without its file it gives their numbers."""
+    """GPT-2's, or that of a file. Turns tokens into text: token by token, as they are drawn. Without its file it gives
+    their numbers."""
 
     def __init__(self, path="data/gpt2_tokenizer.bin"):
         self.tokens, self.eot_token = None, 50256
@@ -36,6 +37,10 @@ class Tokenizer:
             raise ValueError(f"{path}: its header says {header[2]} tokens, of which {self.eot_token} ends a text\n"
                              "---> HINT: write it again")
 
+    def encode(self, text):
+        """The tokens of a prompt"""
+        return encode(text)
+
     def reset(self):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -45,6 +50,23 @@ class Tokenizer:
             return f"{token} "
         text = self.decoder.decode(self.tokens[token], final)
         return "".join(c for c in text if c.isprintable() or c.isspace() and not CONTROL.match(c))  # see plain()
+
+
+class Bytes(Tokenizer):
+    """The vocabulary of `--tokenizer bytes`: a token is a byte, and 256 the end of a text. It needs no file."""
+
+    tokens, eot_token = [*(bytes([b]) for b in range(256)), b"<|endoftext|>"], 256
+
+    def __init__(self):
+        self.reset()
+
+    def encode(self, text):
+        return list(text.encode("utf-8", "replace"))
+
+
+def tokenizer_for(vocab_size):
+    """The tokenizer of a model that has none of its own: bytes, or GPT-2's"""
+    return Bytes() if vocab_size == len(Bytes.tokens) else Tokenizer()
 
 
 def encode(text):

@@ -18,7 +18,7 @@ from dev.data import command_line, shards, vocabulary
 from dev.data import download as downloads
 from dev.data.download import download
 from dev.data.shards import write_datafile
-from dev.data.vocabulary import ByteEncoding
+from dev.data.vocabulary import ByteEncoding, TinyEncoding
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -54,7 +54,7 @@ def shard(path):
     """Header and tokens of a shard, checked against the format."""
     content = Path(path).read_bytes()
     header = np.frombuffer(content[:1024], "<i4")
-    assert header[0] == 20240520 and header[1] == 1 and not header[3:].any()
+    assert header[0] == 20240520 and header[1] == 1 and header[3] in (0, 257) and not header[4:].any()
     assert len(content) == 1024 + 2 * header[2]
     return np.frombuffer(content[1024:], "<u2")
 
@@ -223,9 +223,10 @@ def test_shard_header_limits():
 def test_byte_ids_are_gpt2s(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     gpt2 = vocabulary.get_encoder()
-    assert [gpt2.encode_single_token(bytes([b])) for b in range(256)] == ByteEncoding.ids.tolist()
-    assert gpt2.decode(ByteEncoding().encode_ordinary("naïve — 字\n").tolist()) == "naïve — 字\n"
-    assert gpt2.eot_token == ByteEncoding().eot_token == 50256
+    assert [gpt2.encode_single_token(bytes([b])) for b in range(256)] == TinyEncoding.ids.tolist()
+    assert gpt2.decode(TinyEncoding().encode_ordinary("naïve — 字\n").tolist()) == "naïve — 字\n"
+    assert gpt2.eot_token == 50256 and TinyEncoding().eot_token == 299
+    assert ByteEncoding().encode_ordinary("naïve — 字\n").tolist() == [*"naïve — 字\n".encode()]
 
 
 @needs_shared
@@ -266,8 +267,9 @@ def test_pydoc_is_deterministic(tmp_path, tokenizer):
         flags = ("--data_dir", tmp_path / run, "--tokenizer", tokenizer)
         done = script("data/pydoc.py", *flags, PYTHONHASHSEED=run)
         assert done.returncode == 0, done.stderr
-        val, train = (shard(tmp_path / run / "pydoc" / f"pydoc_{split}.bin") for split in ("val", "train"))
-        assert val[0] == train[0] == 50256 and len(train) > 5 * len(val) > 30000
+        folder, end = ("pydoc", 50256) if tokenizer == "gpt2" else ("pydoc_bytes", 256)
+        val, train = (shard(tmp_path / run / folder / f"pydoc_{split}.bin") for split in ("val", "train"))
+        assert val[0] == train[0] == end and len(train) > 5 * len(val) > 30000
         contents.append((val.tobytes(), train.tobytes()))
     assert contents[0] == contents[1]
 

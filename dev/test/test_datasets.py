@@ -21,7 +21,7 @@ from flaky_server import FlakyServer
 from dev.data import download, fineweb, hellaswag, inspect_bin, mmlu, text, tinystories, tokenising
 from dev.data.shards import ShardWriter, write_datafile, write_evalfile
 from dev.data.tokenising import pieces, tokenize
-from dev.data.vocabulary import EOT, ByteEncoding, get_encoder
+from dev.data.vocabulary import EOT, TinyEncoding, get_encoder
 from dev.run import files
 from dev.run.multiple_choice import read_examples
 
@@ -43,10 +43,8 @@ def random_text(seed, length):
 
 
 def byte_ids(documents):
-    """The independent way: end-of-text and GPT-2's ids of single bytes, one after another."""
-    printable = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
-    ids = {b: i for i, b in enumerate(printable + [b for b in range(256) if b not in printable])}
-    return [i for document in documents for i in [EOT, *(ids[b] for b in document.encode())]]
+    """The independent way: end-of-text, 256, and the bytes, one after another."""
+    return [i for document in documents for i in [256, *document.encode()]]
 
 
 def tokens(*paths):
@@ -55,7 +53,7 @@ def tokens(*paths):
     for path in paths:
         content = Path(path).read_bytes()
         header = np.frombuffer(content[:1024], "<i4")
-        assert header[0] == 20240520 and header[1] == 1 and not header[3:].any()
+        assert header[0] == 20240520 and header[1] == 1 and header[3] in (0, 257) and not header[4:].any()
         assert len(content) == 1024 + 2 * header[2]
         result += np.frombuffer(content[1024:], "<u2").tolist()
     return result
@@ -328,7 +326,7 @@ def test_text_holds_out(corpus, main, tmp_path):
     train, val = (tokens(tmp_path / "my text" / f"my text_{split}_000000.bin") for split in ("train", "val"))
     assert abs(len(val) - (len(train) + len(val)) / 4) < 3
     assert val[: len(byte_ids(expected[1:2]))] == byte_ids(expected[1:2])  # the second document, and then …
-    assert sorted(t for t in train + val if t != EOT) == sorted(t for t in byte_ids(expected) if t != EOT)
+    assert sorted(t for t in train + val if t != 256) == sorted(t for t in byte_ids(expected) if t != 256)
 
 
 def test_text_workers_and_runs_give_the_same_bytes(corpus, tmp_path):
@@ -350,7 +348,7 @@ def test_text_from_standard_input(tmp_path):
     assert done.returncode == 0, done.stderr
     shards = [tmp_path / "in" / f"in_{split}_000000.bin" for split in ("train", "val")]
     ids = byte_ids(["a\nb\ufffd"])
-    assert tokens(*shards) == [*ids[:-2], EOT, *ids[-2:]]
+    assert tokens(*shards) == [*ids[:-2], 256, *ids[-2:]]
     assert b"1 characters could not be read" in done.stdout
     lines = b"".join(json.dumps({"body": str(i)}).encode() + b"\r\n" for i in range(100))
     done = script("text.py", "-", "--data_dir", tmp_path, "--tokenizer", "bytes", "--name", "in", "--format", "jsonl",
@@ -447,7 +445,7 @@ def test_tinystories(server, main, tmp_path):
     assert tokens(folder / "TinyStories_val.bin") == byte_ids(shuffled("data00.json", 1337))
     expected = byte_ids(shuffled("data01.json", 1337) + shuffled("data02.json", 1338))
     assert tokens(folder / "TinyStories_train.bin") == expected
-    assert expected.count(EOT) == 100  # an empty story, too, as in llm.c
+    assert expected.count(256) == 100  # an empty story, too, as in llm.c
 
 
 @pytest.mark.parametrize("content", ["", "[", '[{"story": "a"}', '[{"story": "a"}, {"no": 1}]', '{"a": 1}', '[{"story'])
@@ -585,7 +583,7 @@ def test_hellaswag_without_a_context(server, main, tmp_path):
     server.files["/hellaswag_val.jsonl"] = "\n".join(map(json.dumps, items)).encode()
     main(hellaswag, "--base_url", server.url)
     contexts = [context for context, _, _ in read_examples(tmp_path / "hellaswag" / "hellaswag_val.bin")]
-    assert contexts == [[EOT], ids(" "), ids("x")]
+    assert contexts == [[256], ids(" "), ids("x")]
 
 
 def test_hellaswag_bad_line(server, main, tmp_path):
@@ -635,7 +633,8 @@ def bins(tmp_path):
         return h.tobytes()
 
     folder = tmp_path / "bins"
-    write_datafile(folder / "shard.bin", [EOT, *ids("Hello"), EOT, *ids("you")])
+    write_datafile(folder / "shard.bin", [EOT, *gpt2_ids("Hello"), EOT, *gpt2_ids("you")])
+    write_datafile(folder / "bytes.bin", [256, *b"Hello", 256, *b"you"], 257)
     write_evalfile(folder / "eval.bin", [([1, 2], [[3], [4], [5], [6]], 2)])
     n = sum(int(np.prod(s)) for s in inspect_bin.tensor_table(8, 2, 4, 128).values())
     model = np.random.default_rng(0).standard_normal(n).astype("<f4")
@@ -646,16 +645,21 @@ def bins(tmp_path):
     batch = np.arange(8, dtype="<i4").tobytes()
     (folder / "debug.bin").write_bytes(header(20240327, 2, 1, 4) + batch + bytes(4 * (400 + 1 + n)))
     (folder / "state.bin").write_bytes(header(20240527, 1, 1, 0, w10=40, w20=1337) + bytes(8 * n))
-    vocabulary = [bytes([ByteEncoding.order[i]]) if i < 256 else b"?" for i in range(EOT)] + [b"<|endoftext|>"]
+    vocabulary = [bytes([TinyEncoding.order[i]]) if i < 256 else b"?" for i in range(EOT)] + [b"<|endoftext|>"]
     body = b"".join(bytes([len(t)]) + t for t in vocabulary)
     (folder / "gpt2_tokenizer.bin").write_bytes(header(20240328, 2, 50257, EOT) + body)
     return folder
+
+
+def gpt2_ids(text):
+    return TinyEncoding().encode_ordinary(text).tolist()
 
 
 def test_inspect(bins, capsys):
     tokenizer = inspect_bin.read_tokenizer(bins / "gpt2_tokenizer.bin")[0]
     expected = {
         "shard": ["tokens           10", "documents        2", "<|endoftext|>Hello<|endoftext|>you"],
+        "bytes": ["vocabulary       bytes, 257 tokens", "documents        2", "<|endoftext|>Hello<|endoftext|>you"],
         "eval": ["examples         1", "labels           2: 1"],
         "model": ["float32", "padded vocab     128", "parameters       1,040", "qkvw           2x12x4"],
         "bf16": ["bfloat16", "parameters       1,040"],

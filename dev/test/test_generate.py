@@ -7,6 +7,7 @@ import pytest
 
 import train_gpt2
 from dev import generate
+from dev.run import text
 from train_gpt2 import GPT2
 
 END = 299
@@ -25,7 +26,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
     """run(flags): generate with the tiny model, in a folder of its own; returns status, standard output and error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt2, "load_kernels", lambda *args: None)
-    monkeypatch.setattr(generate, "encode", lambda text: [ord(c) for c in text])
+    monkeypatch.setattr(text, "encode", lambda text: [ord(c) for c in text])
 
     def run(flags=""):
         given = flags.split()

@@ -22,7 +22,7 @@ from test_datasets import byte_ids, random_text, tokens
 from dev.data import readers, text, tokenising
 from dev.data.shards import ShardWriter
 from dev.data.tokenising import HoldOut
-from dev.data.vocabulary import EOT
+from dev.run.text import Bytes
 from train_gpt2 import DataLoader, model_config
 
 try:
@@ -310,10 +310,10 @@ def test_the_fraction_is_exact(call, tmp_path, fraction, sizes):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, items)))
     call(tmp_path / "a.jsonl", "--val_fraction", fraction)
     train, val = (tokens(tmp_path / f"data/a/a_{split}_000000.bin") for split in ("train", "val"))
-    assert abs(len(val) - fraction * (len(train) + len(val))) <= 3 and val[0] == train[0] == EOT
+    assert abs(len(val) - fraction * (len(train) + len(val))) <= 3 and val[0] == train[0] == Bytes.eot_token
     batches = 1 + (sum(sizes) + 100 * len(sizes)) // tokenising.BATCH
-    ids = [token for token in train + val if token != EOT]
-    assert sorted(ids) == sorted(token for token in byte_ids(items) if token != EOT)
+    ids = [token for token in train + val if token != Bytes.eot_token]
+    assert sorted(ids) == sorted(token for token in byte_ids(items) if token != Bytes.eot_token)
     assert len(train) + len(val) - len(byte_ids(items)) <= 4 * batches
     whole = {tuple(byte_ids([item])) for item in items}
     parts = [tuple(group) for split in (train, val) for group in groups(split)]
@@ -322,7 +322,7 @@ def test_the_fraction_is_exact(call, tmp_path, fraction, sizes):
 
 def groups(ids):
     """The documents of a shard, each with its end-of-text token"""
-    places = [i for i, token in enumerate(ids) if token == EOT] + [len(ids)]
+    places = [i for i, token in enumerate(ids) if token == Bytes.eot_token] + [len(ids)]
     return [ids[a:b] for a, b in itertools.pairwise(places)]
 
 
@@ -366,7 +366,7 @@ def test_an_interrupted_run_holds_out_the_same(tmp_path, monkeypatch, stop_at):
                     raise KeyboardInterrupt
                 yield item
         writers = {split: tokenising_writer(tmp_path / folder, split) for split in ("train", "val")}
-        tokenising.tokenize(stream(), writers, "job", "bytes", 1, deal=HoldOut(0.3, EOT))
+        tokenising.tokenize(stream(), writers, "job", "bytes", 1, deal=HoldOut(0.3, Bytes.eot_token))
 
     run("a")
     with pytest.raises(KeyboardInterrupt):
