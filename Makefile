@@ -5,15 +5,11 @@ comma := ,
 RUN_GPU = .venv-gpu/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
-# from scratch: a small model, about four minutes on two cores
-SCRATCH = -e d6 -b 8 -t 64 -x 300 -l 1e-3 -u 20 -q 0.1 -v 50 -s 100 --top_k 40
 
 .PHONY: train train-gpu test test-gpu test-full data text lint bench bench-gpu clean
 
-train: data  ## GPT-2 124M on Tiny Shakespeare; without its weights or that text, a small model from scratch
-	@if [ -f data/gpt2_124M.bin ] && [ -f $(SHAKESPEARE)train.bin ]; then $(RUN) train_gpt2.py; \
-	elif [ -f $(SHAKESPEARE)train.bin ]; then $(RUN) train_gpt2.py $(SCRATCH); \
-	else $(RUN) train_gpt2.py -i $(PYDOC)train.bin -j $(PYDOC)val.bin $(SCRATCH); fi
+train: .venv/ready  ## GPT-2 124M on Tiny Shakespeare; without its weights, a small model of bytes from scratch
+	@$(RUN) dev/start.py
 
 data: .venv/ready  ## weights, text and vocabulary into data/, or the best that can be had without a network
 	@[ -f data/gpt2_124M.bin ] || $(RUN) dev/download_starter_pack.py || \

@@ -25,6 +25,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import dev.run  # isort: skip  # noqa: F401  before the packages: it says which of them is missing
 import numba
 import numpy as np
 from llvmlite import ir
@@ -37,7 +38,7 @@ from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
-from dev.run.data import find_shards, fitting, tokens_in
+from dev.run.data import choose_data, find_shards, tokens_in
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, read_header, require_numbers
 from dev.run.flags import parse_flags
@@ -1391,7 +1392,7 @@ def train(flags, processes=ALONE):
     """Train a model as the flags say: once in a while estimate how good it is, let it write, save it; then a step."""
     B, T, folder, report = flags.batch_size, flags.sequence_length, flags.output_dir, Report(flags, processes)
     resume_step, checkpoint = newest_checkpoint(folder) if flags.resume else (None, None)
-    model = checkpoint or fitting(flags.model, flags.input_bin)
+    model = choose_data(flags, checkpoint or flags.model)
     engine = build(model, flags.device, flags.precision, processes, **flags.options)
     report.program(engine)
 
@@ -1465,7 +1466,7 @@ def train(flags, processes=ALONE):
             report.step(step, loss, norm, learning_rate, run.outliers if skip else None)
     if run.step >= steps:
         output.begin()  # where there was no step
-    report.end()
+    report.end(run)
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """
 A model's shape: what a name says about it, and the table of its tensors.
 """
+import glob
 import os
 import re
 from dataclasses import dataclass, replace
@@ -80,7 +81,9 @@ def model_config(name):
     if not is_checkpoint(name):
         return descriptor_config(name)
     if not os.path.isfile(name):
-        raise FileNotFoundError(f"no such checkpoint: {name}\n"
+        there = sorted(glob.glob("data/gpt2_124M*.bin") + glob.glob("data/runs/*/model_*.bin"), key=os.path.getmtime)
+        found = "".join(f"---> HINT: -e {path} is there\n" for path in there[-1:])
+        raise FileNotFoundError(f"no such checkpoint: {name}\n{found}"
                                 "---> HINT: python dev/download_starter_pack.py fetches GPT-2's weights\n"
                                 "---> HINT: python dev/train_gpt2_torch.py -e gpt2 --write_dir data converts them\n"
                                 "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file")

@@ -7,11 +7,14 @@ import glob
 import os
 import re
 
-from dev.run.config import is_checkpoint
+from dev.run.config import is_checkpoint, model_config
 from dev.run.files import HEADER_BYTES, SHARD_MAGIC, check_size, open_file, read_header
 from dev.run.text import Bytes
 
 BYTES = len(Bytes.tokens)
+PLACES = [f"data/{folder}_{{}}.bin" for folder in (
+    "tinyshakespeare/tiny_shakespeare", "tinyshakespeare_bytes/tiny_shakespeare", "pydoc/pydoc", "pydoc_bytes/pydoc")]
+DEFAULT = PLACES[0].format("train"), PLACES[0].format("val")  # of -i and -j
 
 
 def find_shards(pattern):
@@ -43,11 +46,24 @@ def named(vocabulary):
     return "a vocabulary of bytes" if vocabulary == BYTES else f"a vocabulary of {vocabulary:,} tokens"
 
 
-def fitting(model, pattern):
-    """The model's name with the vocabulary of the data, where it is a descriptor that leaves it open"""
+def vocabulary_in(path):
+    """The size of a shard's vocabulary; None where its header leaves that open, as GPT-2's do"""
+    with open_file(path) as file:
+        return int(read_header(file, path, SHARD_MAGIC, (1,))[3]) or None
+
+
+def choose_data(flags, model):
+    """Where -i and -j were left out and the default is not there, or not for this model, take what `make train` has
+    made. Returns the model's name, a descriptor with the vocabulary of the data."""
+    if (flags.input_bin, flags.input_val_bin) == DEFAULT and (os.path.isfile(model) or not is_checkpoint(model)):
+        wanted = model_config(model).vocab_size if is_checkpoint(model) else None
+        for train, val in ((path.format("train"), path.format("val")) for path in PLACES):
+            fits = os.path.isfile(train) and (wanted is None or (vocabulary_in(train) == BYTES) == (wanted == BYTES))
+            if fits and train != DEFAULT[0]:
+                flags.input_bin, flags.input_val_bin, flags.note = train, val, f"data: {train}, which is there"
+            if fits:
+                break
     if is_checkpoint(model) or re.search(r"v\d+$", model):
         return model
-    path = find_shards(pattern)[0]
-    with open_file(path) as file:
-        vocabulary = int(read_header(file, path, SHARD_MAGIC, (1,))[3])
+    vocabulary = vocabulary_in(find_shards(flags.input_bin)[0])
     return f"{model}v{vocabulary}" if vocabulary else model

@@ -4,6 +4,7 @@ The trainer's command line.
 import argparse
 import functools
 import math
+import sys
 
 from dev.run.arguments import Defaults, Parser
 from dev.run.processes import launched
@@ -48,7 +49,7 @@ def parse_flags(argv):
          "of any shape, gpt2:l4c256h4: layers, channels, heads; after it t512: longest sequence, v300: vocabulary")
     # output folder and checkpoints
     flag("-o --output_dir", None, "folder for main.log and checkpoints", str)
-    flag("-n --checkpoint_every", 0, "write a checkpoint every so many steps, and at the end")
+    flag("-n --checkpoint_every", 0, "write a checkpoint every so many steps; with -o the end is always saved")
     flag("-nk --checkpoints_keep", 0, "keep the newest so many, 0 = all")
     flag("-nm --major_checkpoint_every", 0, "checkpoints at multiples of this are never removed")
     flag("-y --resume", 0, "1: go on from the newest complete checkpoint in -o", choices=(0, 1))
@@ -102,6 +103,7 @@ def parse_flags(argv):
     for name in ignored:
         parser.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
+    flags.argv, flags.note = list(sys.argv[1:] if argv is None else argv), None
     flags.options = {name: getattr(flags, name) for name in OPTIONS[flags.device] if getattr(flags, name) is not None}
     if flags.master_weights is None:
         flags.master_weights = int(flags.device == "cuda")
@@ -117,6 +119,8 @@ def parse_flags(argv):
         raise ValueError("-m 0 leaves nothing to estimate\n---> HINT: -v 0 turns validation off")
     if (flags.resume or flags.checkpoint_every) and not flags.output_dir:
         raise ValueError("checkpoints need a folder\n---> HINT: name one with -o")
+    if flags.output_dir and not flags.checkpoint_every:
+        flags.checkpoint_every = sys.maxsize  # the end is saved, and no step before it
     tokens = flags.batch_size * flags.sequence_length * flags.num_processes
     flags.total_batch_size = flags.total_batch_size or tokens
     flags.micro_batches = flags.total_batch_size // tokens

@@ -89,7 +89,9 @@ class Output:
     def describe(self, steps):
         """Lines that say what will become of the run in the folder; steps: the run's, in all"""
         flags, run, lines = self.flags, self.run, []
-        if run.resumed:
+        if not self.folder:
+            lines += ["nothing of this run is kept: -o FOLDER saves its log and weights"]
+        elif run.resumed:
             began, changed = run.settings["-e"], [name for name in run.changed if name != "-e"]
             other = flags.model_given and os.path.realpath(began) != os.path.realpath(flags.model)
             notes = [f"-e {flags.model} ignored"] * other + [f"changed: {', '.join(changed)}"] * bool(changed)

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from dev.run.machine import peak_memory
 from dev.run.multiple_choice import accuracy
+from dev.run.verdict import summary
 
 
 class Report:
@@ -20,7 +21,7 @@ class Report:
 
     def __init__(self, flags, processes):
         self.flags, self.processes = flags, processes
-        self.loss = self.val_loss = math.nan
+        self.loss = self.val_loss = self.first_val_loss = math.nan
         self.steps, self.seconds, self.best = 0, 0.0, math.inf  # of training steps so far
         self.weighted = self.weights = 0.0  # of their losses
         self.kernels = Counter()  # seconds in each
@@ -35,6 +36,8 @@ class Report:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("NumPy", "Numba"))
         self.say(f"llm.numba: Python {platform.python_version()}, {versions}", *engine.describe(),
                  *self.processes.describe())
+        if self.flags.note:
+            self.say(self.flags.note)
         if self.flags.ignored:
             where = {"cpu": "a CPU", "cuda": "a GPU"}[self.flags.device]
             self.say(f"ignored, since they mean nothing on {where}: {' '.join(self.flags.ignored)}")
@@ -66,6 +69,7 @@ class Report:
 
     def validation(self, step, loss):
         self.val_loss = loss
+        self.first_val_loss = loss if math.isnan(self.first_val_loss) else self.first_val_loss
         self.say(f"val loss {loss:f} | perplexity {math.exp(min(loss, 700)):.2f}")
         self.output.log(f"s:{step} tel:{loss:.4f}")
 
@@ -137,7 +141,7 @@ class Report:
         with engine.kernel_times(record) if self.flags.profile else contextlib.nullcontext():
             yield
 
-    def end(self):
+    def end(self, run):
         total = time.perf_counter() - self.start
         if self.steps:
             mean = self.seconds / self.steps
@@ -151,6 +155,9 @@ class Report:
                      f"tokens per second: {self.flags.total_batch_size / mean:.0f}",
                      f"MFU: {100 * self.flops / mean / self.peak:.1f}%",
                      f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
+        if run.step >= self.last_step:
+            losses = self.first_val_loss, self.val_loss, self.loss
+            self.say(*summary(self.flags, run.step, losses, run.engine.config.vocab_size))
         self.kernels.update(self.processes.times if self.flags.profile else {})
         for name, seconds in self.kernels.most_common():
             self.say(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
