@@ -40,7 +40,7 @@ from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_ta
 from dev.run.console import BAD_INPUT, complaint, open_console
 from dev.run.data import choose_data, find_shards, tokens_in
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, read_header, require_numbers
+from dev.run.files import MODEL_MAGIC, read_header, require_numbers
 from dev.run.flags import parse_flags
 from dev.run.folder import Output, own_folder
 from dev.run.machine import allow_amx, peak_memory, require_memory, shortest, threads_of
@@ -49,6 +49,7 @@ from dev.run.processes import ALONE, processes_of
 from dev.run.random_weights import draw, init_random
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
+from dev.run.shard import DamagedBatch, Shard, is_order, shuffle
 from dev.run.stop import Stop
 from dev.run.text import Sampler, generate, tokenizer_for
 
@@ -1280,8 +1281,8 @@ class DataLoader:
     """Batches of (B, T) tokens from one or several shards, in llm.c's order.
 
     A shard is cut into samples of B*T tokens per process. Shuffled, each epoch visits the shards in a random order and
-    the samples of each shard in a random order. Shards are memory-mapped, may have any size, and one that is too small
-    for a batch is passed over.
+    the samples of each shard in a random order. Shards may have any size; one that is too small for a batch is passed
+    over. What cannot be trained on is a DamagedBatch, after which the next one can be had.
 
     pattern: a file name, or a glob pattern; what exists is taken literally. vocab_size: a token beyond it is an error.
     Raises FileNotFoundError where nothing matches, ValueError for a damaged file or too little data for one batch.
@@ -1292,14 +1293,14 @@ class DataLoader:
             raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
         self.B, self.T, self.rank, self.processes, self.vocab_size = B, T, process_rank, num_processes, vocab_size
         self.files = find_shards(pattern)
-        self.shard_tokens = [tokens_in(path, vocab_size) for path in self.files]
+        self.shard_tokens, self.shard = [tokens_in(path, vocab_size) for path in self.files], None
         self.num_tokens = sum(self.shard_tokens)
         self.num_batches = sum(map(self.samples_in, range(len(self.files))))
         if not self.num_batches:
             raise ValueError(f"{pattern}: no shard has the {num_processes * B * T + 1:,} tokens of a batch; the "
                              f"largest has {max(self.shard_tokens):,}\n---> HINT: use a smaller -b or -t")
         self.random = np.random.RandomState(42) if should_shuffle else None
-        self.shard_order = list(range(len(self.files)))
+        self.shard_order = np.arange(len(self.files), dtype=np.int32)
         self.reset()
 
     def samples_in(self, shard):
@@ -1314,11 +1315,13 @@ class DataLoader:
     def open_shard(self, index):
         """Go to the start of the shard that is number `index` in this epoch"""
         self.shard_index, self.sample_index = index, 0
-        shard = self.shard_order[index]
-        self.tokens = np.memmap(self.files[shard], np.uint16, "r", HEADER_BYTES) if self.shard_tokens[shard] else []
-        self.sample_order = range(self.samples_in(shard))
+        number = self.shard_order[index]
+        if self.shard:
+            self.shard.close()
+        self.shard = Shard(self.files[number], self.shard_tokens[number])
+        self.sample_order = range(self.samples_in(number))
         if self.random:
-            self.sample_order = shuffle(list(self.sample_order), self.random)
+            self.sample_order = shuffle(np.arange(len(self.sample_order), dtype=np.int32), self.random)
 
     def next_batch(self, read=True):
         """The next (inputs, targets), (B, T) int32; targets are inputs one token later. read: False passes it over."""
@@ -1327,16 +1330,16 @@ class DataLoader:
                 self.open_shard(self.shard_index + 1)
             else:
                 self.reset()
-        start = (self.sample_order[self.sample_index] * self.processes + self.rank) * self.B * self.T
+        start = (int(self.sample_order[self.sample_index]) * self.processes + self.rank) * self.B * self.T
         self.sample_index += 1
         if not read:
             return None
-        tokens = self.tokens[start:start + self.B * self.T + 1].astype(np.int32)
+        tokens = self.shard.read(start, self.B * self.T + 1).astype(np.int32)
         if self.vocab_size and tokens.max() >= self.vocab_size:
             where = int(tokens.argmax())
-            raise ValueError(f"{self.files[self.shard_order[self.shard_index]]}: token {tokens[where]} at position "
-                             f"{start + where:,} is not in the model's vocabulary of {self.vocab_size:,}\n"
-                             "---> HINT: were these shards made for another tokenizer, or is the file damaged?")
+            raise DamagedBatch(f"{self.shard.path}: token {tokens[where]} at position {start + where:,} is not in the "
+                               f"model's vocabulary of {self.vocab_size:,}\n---> HINT: were these shards made for "
+                               "another tokenizer, or is the file damaged? --skip_bad 1 passes over such batches")
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
     def state(self):
@@ -1344,32 +1347,24 @@ class DataLoader:
         state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
         if self.random:
             _, key, position, *_ = self.random.get_state()
-            state |= {"shard_order": self.shard_order[:], "sample_order": self.sample_order,
+            state |= {"shard_order": self.shard_order.copy(), "sample_order": self.sample_order,
                       "generator": (key, position)}
         return state
 
     def restore(self, state):
         """Go to where state() was called. ValueError where it is not a state of these shards in such batches"""
         shards, index, shuffled = len(self.files), state["shard_index"], "generator" in state
-        order = state["shard_order"] if shuffled else self.shard_order
-        fits = shuffled == (self.random is not None) and 0 <= index < shards and sorted(order) == list(range(shards))
-        if not fits or shuffled and sorted(state["sample_order"]) != list(range(self.samples_in(order[index]))):
-            raise ValueError("the order of its batches is not one of this data")
+        order = np.array(state["shard_order"] if shuffled else self.shard_order)
+        fits = shuffled == (self.random is not None) and 0 <= index < shards and is_order(order, shards)
+        samples = self.samples_in(order[index]) if fits else 0
+        if not fits or shuffled and not is_order(state["sample_order"], samples) or state["sample_index"] > samples:
+            raise ValueError("the order of its batches, or its place in it, is not one of this data")
         self.shard_order = order
         self.open_shard(index)
         if shuffled:
             self.sample_order = state["sample_order"]
             self.random.set_state(("MT19937", *state["generator"]))
         self.sample_index = state["sample_index"]
-
-
-def shuffle(items, random):
-    """Permute a list in place with the draws that llm.c makes, and return it. random: numpy's RandomState"""
-    draws = random.randint(0, 2**32, max(0, len(items) - 1), np.uint32)
-    for i, number in zip(range(len(items) - 1, 0, -1), draws.tolist()):
-        j = number % (i + 1)
-        items[i], items[j] = items[j], items[i]
-    return items
 
 
 # ---------------------------------------------------------------------------------------------------------------------

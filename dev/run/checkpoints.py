@@ -153,7 +153,8 @@ def unpack_order(data, shards):
     left, position = words[-628:-626].tolist() if len(words) > 630 else (0, 0)
     if left != 1 and not (0 < position < 625 and left + position == 625):
         raise ValueError("its generator's state is damaged")
-    return {"shard_order": words[2:2 + shards].tolist(), "sample_order": words[4 + shards:-630].tolist(),
+    shard_order, sample_order = (part.astype(np.int32) for part in (words[2:2 + shards], words[4 + shards:-630]))
+    return {"shard_order": shard_order, "sample_order": sample_order,
             "generator": (words[-626:-2], 624 if left == 1 else position)}
 
 
@@ -214,6 +215,9 @@ def read_run_checkpoint(folder, step, run):
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
     require_sound(run, f"{model_path}, {state_path}", f"---> HINT: remove {done}: then -y 1 goes on from before it")
     run.sampler.state = int(header[20:22].view(np.uint64)[0])
+    if not run.sampler.state:
+        raise ValueError(f"{state_path}: damaged: its sampler's state is 0, from which all coins are 0\n"
+                         f"---> HINT: remove {done}: then -y 1 goes on from before it")
     for window, old in zip(run.outliers.windows, more["windows"]):
         window.extend(old)
     before = {"-e": more.get("model", run.settings["-e"])} | more.get("flags", {})
