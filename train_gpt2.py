@@ -34,6 +34,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+from dev.run.batches import NO_DATA, largest_batches
 from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
@@ -1370,9 +1371,6 @@ class DataLoader:
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
 
-NO_DATA = SimpleNamespace(num_tokens=0, num_batches=0)  # without validation no -j is needed
-
-
 def validate(engine, loader, batches):
     """The mean loss of the loader's first batches, one for each item of `batches`; the processes divide them"""
     loader.reset()
@@ -1393,7 +1391,7 @@ def train(flags, processes=ALONE):
 
     # the data, and what else can be wrong, before anything takes time or memory
     overfit, V = bool(flags.overfit_single_batch), engine.config.vocab_size
-    val_loader = DataLoader(flags.input_val_bin, B, T, vocab_size=V) if flags.val_loss_every else NO_DATA
+    val_loader = largest_batches(DataLoader, flags.input_val_bin, B, T, V) if flags.val_loss_every else NO_DATA
     loader = DataLoader((flags.input_bin, flags.input_val_bin)[overfit], B, T, should_shuffle=not overfit, vocab_size=V)
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)

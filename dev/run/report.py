@@ -47,6 +47,9 @@ class Report:
         config, tokens = engine.config, self.flags.batch_size * self.flags.sequence_length
         self.say("memory: " + " + ".join(f"{what} {size / 2**20:,.0f}" for what, size in memory.items())
                  + f" = {sum(memory.values()) / 2**20:,.0f} MiB")
+        if val_loader.num_tokens and val_loader.B < self.flags.batch_size:
+            self.say(f"validation has {val_loader.num_tokens:,} tokens: a batch of it has {val_loader.B} x "
+                     f"{val_loader.T}")
         self.say("[GPT-2]", *(f"{key}: {value}" for key, value in vars(config).items()),
                  f"num_parameters: {engine.num_parameters}",
                  f"train dataset num_batches: {loader.num_tokens // tokens}",

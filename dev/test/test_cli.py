@@ -227,13 +227,23 @@ def test_a_folder_is_no_checkpoint(refused, tmp_path):
 @pytest.mark.parametrize("flag", ["-i", "-j"])
 @pytest.mark.parametrize("shard, message", [
     ({"magic": 5}, "magic number is 5"), ({"version": 7}, "version 7"), ({"count": 1001}, "truncated"),
-    ({"count": 999}, "too long"), ({"tokens": range(16)}, "17 tokens"), ({"tokens": []}, "17 tokens"),
+    ({"count": 999}, "too long"), ({"tokens": range(8)}, "tokens of a batch"), ({"tokens": []}, "tokens of a batch"),
     (None, "no file matches"),
 ])
 def test_damaged_shards(refused, make_shard, tmp_path, flag, shard, message):
     if shard is not None:
         make_shard(tmp_path / "shard.bin", **({"tokens": range(1000)} | shard))
     refused(f"-v 1 {flag} {tmp_path}/sh*.bin", "sh", message)
+
+
+@pytest.mark.parametrize("tokens, B", [(9, 1), (16, 1), (17, 2), (40, 4)])
+def test_validation_with_few_tokens(cli, make_shard, tmp_path, tiny, tokens, B):
+    """It takes as many sequences as there are, up to -b: the loss is that of exactly these."""
+    path = make_shard(tmp_path / "val.bin", range(tokens))
+    status, out, err = cli(f"-b 4 -x 0 -v 1 -m 1 -j {path}")
+    expected = GPT2.build(tiny).forward(*DataLoader(path, B, 8).next_batch(), train=False)
+    assert status == 0 and float(re.search(rf"val loss ({FLOAT})", out)[1]) == pytest.approx(expected, abs=2e-6), err
+    assert (f"validation has {tokens} tokens: a batch of it has {B} x 8\n" in out) == (B < 4)
 
 
 @pytest.mark.parametrize("flags", ["-v 0 -i", "-v 1 -j"])

@@ -224,9 +224,10 @@ def test_memory_and_model(begun, capfd):
     report = begun()
     capfd.readouterr()
     report.model(Engine(), {"parameters": 3 << 20, "activations": 2000 << 20}, SimpleNamespace(num_tokens=100),
-                 SimpleNamespace(num_tokens=50))
+                 SimpleNamespace(num_tokens=50, B=1, T=8))
     lines = capfd.readouterr().out.splitlines()
-    assert lines[:2] == ["memory: parameters 3 + activations 2,000 = 2,003 MiB", "[GPT-2]"]
+    assert lines[:3] == ["memory: parameters 3 + activations 2,000 = 2,003 MiB",
+                         "validation has 50 tokens: a batch of it has 1 x 8", "[GPT-2]"]
     assert {"channels: 32", "num_parameters: 1000", "train dataset num_batches: 6", "val dataset num_batches: 3",
             "num_activations: 7"} < set(lines)
 
