@@ -6,7 +6,7 @@ RUN_GPU = .venv-gpu/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
 
-.PHONY: train train-gpu test test-gpu test-full data text lint bench bench-gpu clean
+.PHONY: train train-gpu test test-gpu test-full data text lint bench bench-gpu clean distclean help
 
 train: .venv/ready  ## GPT-2 124M on Tiny Shakespeare; without its weights, a small model of bytes from scratch
 	@$(RUN) dev/start.py
@@ -16,25 +16,33 @@ data: .venv/ready  ## weights, text and vocabulary into data/, or the best that 
 	  echo "no GPT-2 weights: a small model will be trained from scratch"
 	@$(MAKE) -s text
 
-text: .venv/ready
+text: .venv/ready  ## only the text
 	@[ -f $(SHAKESPEARE)train.bin ] || $(RUN) dev/data/tinyshakespeare.py || { \
 	  echo "no Tiny Shakespeare: training on the Python language reference, which every Python carries"; \
 	  [ -f $(PYDOC)train.bin ] || $(RUN) dev/data/pydoc.py; }
 
-test: .venv/test  ## under five minutes with the installation
-	$(RUN) test_gpt2.py
-	$(RUN) -m pytest
+help:  ## this list
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+	  printf "make %-11s %s\n" "$$name" "$$text"; done
+	@echo "Another Python for all of them: make PYTHON=python3.12 train"
+
+test: .venv/test  ## the gradients beside PyTorch's numbers and the unit tests; under five minutes with the installation
+	@failed=0; $(RUN) test_gpt2.py || failed=1; $(RUN) -m pytest -rfEs || failed=1; exit $$failed
 
 test-full: .venv/dev test text  ## and GPT-2 124M's size: PyTorch writes a checkpoint and a debug state, we check ours
 	$(RUN) dev/train_gpt2_torch.py -e d12 --write_dir data -i $$(ls $(SHAKESPEARE)train.bin $(PYDOC)train.bin 2>/dev/null | tail -1)
 	$(RUN) test_gpt2.py data/gpt2_d12.bin data/gpt2_d12_debug_state.bin
 
-lint: .venv/test
+lint: .venv/test  ## ruff, on tracked files
 	$(RUN) -m ruff check $$(git ls-files "*.py")
 
-clean:  ## the environment and compiled kernels; data/ stays
+clean:  ## removes the environment and compiled kernels; data/ stays
 	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## and what is in data/: texts, weights, what test-full wrote (1 GB), runs; asks first
+	@git clean -ndX data; printf "remove all of this? [y/N] "; read -r answer; \
+	if [ "$$answer" = y ]; then git clean -qfdX data; else echo "data/ stays"; fi
 
 bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=--torch puts PyTorch beside them
 	$(RUN) -m dev.bench $(ARGS)
@@ -59,7 +67,7 @@ bench-gpu: .venv-gpu/ready  ## whole steps and kernels; ARGS=--torch puts compil
 	@touch $@
 
 .venv/ready: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is %d.%d\n---> HINT: make PYTHON=python3.12 names another one" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -r requirements.txt
 	@touch $@
