@@ -312,7 +312,7 @@ def test_a_checkpoint_without_sense_stops_the_run(cli, tiny, tmp_path, value):
     weights[-10] = float(value)
     weights.tofile(tmp_path / "model.bin")
     status, out, err = cli(f"-e {tmp_path / 'model.bin'}")
-    assert status == 1 and err.startswith("error: step 0: ") and "Traceback" not in out + err
+    assert status == 1 and err.startswith(f"error: {tmp_path}/model.bin: ") and "Traceback" not in out + err
 
 
 def test_damaged_tokenizer(refused):
