@@ -9,7 +9,7 @@ import numpy as np
 
 from dev.run.files import HEADER_BYTES, SHARD_MAGIC, check_size, read_header
 
-HINT = "---> HINT: is another program writing there, or does the disk fail? With -y 1 a run goes on when that is mended"
+HINT = "---> HINT: is another program writing there, or does the disk fail? Once that is mended, -y 1 goes on"
 
 
 class DamagedBatch(ValueError):

@@ -1,10 +1,12 @@
 """The order of batches against formulas.py's; shards of any size; shards that are damaged."""
 import copy
+import errno
 
 import numpy as np
 import pytest
 from formulas import Order
 
+from dev.run.shard import shuffle
 from train_gpt2 import DataLoader
 
 SHAKESPEARE = [408, 791, 914, 1057, 81, 450, 299, 907, 582, 321, 670, 134]  # FACTS of llm.c's order at B=4, T=64
@@ -216,3 +218,71 @@ def test_another_process_s_batch_is_not_read(make_shard, tmp_path):
     loader = DataLoader(make_shard(tmp_path / "shard.bin", tokens), 2, 8, vocab_size=50)
     assert loader.next_batch(read=False) is None
     assert loader.next_batch()[0].ravel().tolist() == tokens[16:32].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards that change while they are read
+
+def test_a_shard_that_is_cut_short(write_shards, tmp_path):
+    """A memory map would end the program."""
+    pattern, shards = write_shards(700)
+    loader = DataLoader(pattern, 2, 16)
+    check(loader, shards, [(0, 0), (0, 1)])
+    with open(tmp_path / "text_train_000000.bin", "r+b") as file:
+        file.truncate(1024 + 2 * 100)
+    with pytest.raises(ValueError, match=r"text_train_000000\.bin: truncated: it has 1,224 bytes"):
+        loader.next_batch()
+
+
+@pytest.mark.parametrize("magic, count, message", [(123, 700, "magic number is 123"), (20240520, 690, "too long")])
+def test_a_shard_that_is_replaced_by_others_bytes(write_shards, make_shard, tmp_path, magic, count, message):
+    """of the same size: in the same file, and under its name when it is opened in the next epoch"""
+    pattern, shards = write_shards(700)
+    path = tmp_path / "text_train_000000.bin"
+    loader, sound = DataLoader(pattern, 2, 16), path.read_bytes()
+    check(loader, shards, [(0, 0)])
+    make_shard(path, np.zeros(700), magic=magic, count=count)  # written over
+    with pytest.raises(ValueError, match=message):
+        loader.next_batch()
+    path.write_bytes(sound)
+    loader.reset()
+    make_shard(tmp_path / "other", np.zeros(700), magic=magic, count=count)
+    (tmp_path / "other").replace(path)
+    check(loader, shards, [(0, sample) for sample in range(21)])  # the open file is the old one
+    with pytest.raises(ValueError, match=message):
+        loader.next_batch()
+
+
+def test_a_disk_that_fails(write_shards, monkeypatch):
+    loader = DataLoader(write_shards(700)[0], 2, 16)
+    loader.next_batch()
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def read(self, size):
+            raise OSError(errno.EIO, "Input/output error")
+    file = loader.shard.file
+    monkeypatch.setattr(loader.shard, "file", Failing())
+    with pytest.raises(ValueError, match=r"bin: tokens 32 to 65 cannot be read: Input/output error"):
+        loader.next_batch()
+
+
+@pytest.mark.parametrize("sample", [22, 2**63])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_sample_beyond_the_shard(write_shards, sample, shuffle):
+    loader = DataLoader(write_shards(700)[0], 2, 16, should_shuffle=shuffle)
+    loader.restore(loader.state() | {"sample_index": 21})
+    with pytest.raises(ValueError, match="place in it, is not one of this data"):
+        loader.restore(loader.state() | {"sample_index": sample})
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 64, 65, 1000, 300_000])
+def test_large_shards_are_shuffled_in_the_same_order(size):
+    """One swap after another"""
+    expected, numbers = list(range(size)), np.random.RandomState(42).randint(0, 2**32, max(0, size - 1), np.uint32)
+    for i, number in zip(range(size - 1, 0, -1), numbers.tolist()):
+        j = number % (i + 1)
+        expected[i], expected[j] = expected[j], expected[i]
+    assert shuffle(np.arange(size, dtype=np.int32), np.random.RandomState(42)).tolist() == expected
