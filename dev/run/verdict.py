@@ -27,7 +27,7 @@ def verdict(first, last, train_loss, vocab_size):
     """A line about a run from its first and last validation loss; None where there are no two"""
     if not (math.isfinite(first) and math.isfinite(last)):
         return None
-    change = f"val loss {first:.2f} → {last:.2f}"
+    change = f"verdict: val loss {first:.2f} → {last:.2f}"
     if last >= first:
         return f"{change}: it has not learnt; a smaller learning rate (-l) or more text may help"
     levels = LEVELS["byte" if vocab_size == len(Bytes.tokens) else "token"]

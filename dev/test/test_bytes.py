@@ -86,7 +86,7 @@ def test_a_run_ends_with_commands_that_work(folder, capfd):
     assert main(f"-e {SMALL} -o out -b 2 -t 16 -x 3 -v 3 -s 3 -g 20 -l 1e-2 --prompt to".split()) == 0
     out = capfd.readouterr().out
     assert "data: data/pydoc_bytes/pydoc_train.bin" in out and "checkpoint of step 3 written" in out
-    assert re.search(r"val loss 5\.\d\d → [345]\.\d\d: it ", out)
+    assert re.search(r"verdict: val loss 5\.\d\d → [345]\.\d\d: it ", out)
     sample = out.split("generating:\n---\n")[1].split("\n---\n")[0]
     assert not re.fullmatch(r"(\d+ )+", sample)
     commands = dict(re.findall(r"^(go on|write text|plot): +(.*)$", out, re.M))
