@@ -35,7 +35,7 @@ from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
 RUN = {"tokens_per_batch": int, "shard_tokens": [int], "windows": [[float], [float]], "zero_stage?": int,
-       "model?": str, "coins?": int}  # what a run_*.json says
+       "model?": str, "coins?": int, "flags?": {"-e?": str}, "tokens?": int}  # what a run_*.json says
 ANEW = "begin anew with --overwrite 1 instead of -y 1"  # the end of hints
 
 

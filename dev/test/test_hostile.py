@@ -396,9 +396,12 @@ def test_entries_of_a_tokenizer(capfd, tmp_path):
 def test_the_model_of_a_run(train, out):
     train("-x 4 -n 2")
     path = out / "run_00000004.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model": FORGED}))
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps(run | {"flags": run["flags"] | {"-e": 3}}))
+    assert "flags -e is 3, expected a text" in train("-x 5 -n 2 -y 1", status=1)
+    path.write_text(json.dumps(run | {"flags": run["flags"] | {"-e": FORGED}}))
     printed = train("-x 5 -n 2 -y 1")
-    assert "\nerror: forged" not in printed and "\x1b" not in printed and "began with -e x\\nerror: forged" in printed
+    assert "\nerror: forged" not in printed and "\x1b" not in printed and "resuming x\\nerror: forged" in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
