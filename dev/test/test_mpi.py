@@ -379,7 +379,7 @@ def job(flags, out):
     jobs = []
 
     def job(processes, text):
-        pids = 'print(f"rank {rank} {os.getpid()} ", file=sys.stderr, flush=True)'
+        pids = 'os.write(2, f"rank {rank} {os.getpid()}\\n".encode())'  # at once: lines of several stay apart
         process = subprocess.Popen(command(processes, flags(f"{text} -o {out}"), pids), text=True, cwd=ROOT, env=FREE,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         jobs.append(process)
