@@ -1340,7 +1340,7 @@ class DataLoader:
             where = int(tokens.argmax())
             raise DamagedBatch(f"{self.shard.path}: token {tokens[where]} at position {start + where:,} is not in the "
                                f"model's vocabulary of {self.vocab_size:,}\n---> HINT: were these shards made for "
-                               "another tokenizer, or is the file damaged? --skip_bad 1 passes over such batches")
+                               "another tokenizer, or is the file damaged?")
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
     def state(self):
