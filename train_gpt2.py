@@ -1459,7 +1459,7 @@ def train(flags, processes=ALONE):
             report.step(step, loss, norm, learning_rate, run.outliers if skip else None)
     if run.step >= steps:
         output.begin()  # where there was no step
-    report.end(run)
+    report.end()
 
 
 def main(argv=None):

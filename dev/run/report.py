@@ -144,7 +144,7 @@ class Report:
         with engine.kernel_times(record) if self.flags.profile else contextlib.nullcontext():
             yield
 
-    def end(self, run):
+    def end(self):
         total = time.perf_counter() - self.start
         if self.steps:
             mean = self.seconds / self.steps
@@ -158,9 +158,9 @@ class Report:
                      f"tokens per second: {self.flags.total_batch_size / mean:.0f}",
                      f"MFU: {100 * self.flops / mean / self.peak:.1f}%",
                      f"peak memory: {peak_memory() / 2**20:,.0f} MiB")
-        if run.step >= self.last_step:
+        if self.run.step >= self.last_step:
             losses = self.first_val_loss, self.val_loss, self.loss
-            self.say(*summary(self.flags, run.step, losses, run.engine.config.vocab_size))
+            self.say(*summary(self.flags, self.run.step, losses, self.run.engine.config.vocab_size))
         self.kernels.update(self.processes.times if self.flags.profile else {})
         for name, seconds in self.kernels.most_common():
             self.say(f"{name:24} {1000 * seconds:12.1f} ms {100 * seconds / total:5.1f} % of the run")
