@@ -35,7 +35,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from dev.run.batches import NO_DATA, largest_batches
-from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint
+from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, weights_of
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
@@ -1386,7 +1386,8 @@ def train(flags, processes=ALONE):
     B, T, folder, report = flags.batch_size, flags.sequence_length, flags.output_dir, Report(flags, processes)
     resume_step, checkpoint = newest_checkpoint(folder) if flags.resume else (None, None)
     model = choose_data(flags, checkpoint or flags.model)
-    engine = build(model, flags.device, flags.precision, processes, **flags.options)
+    with weights_of(folder, checkpoint):
+        engine = build(model, flags.device, flags.precision, processes, **flags.options)
     report.program(engine)
 
     # the data, and what else can be wrong, before anything takes time or memory

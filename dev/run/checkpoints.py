@@ -90,11 +90,30 @@ def newest_checkpoint(folder):
     done, *paths = checkpoint_files(folder, steps[-1])
     for path in paths[:2]:
         if not os.path.isfile(path) or os.path.getsize(path) < HEADER_BYTES:
-            before = f"from step {steps[-2]}" if len(steps) > 1 else "anew"
             what = "cut short" if os.path.isfile(path) else "missing"
-            raise ValueError(f"{path} is {what}, a part of the checkpoint of step {steps[-1]}\n"
-                             f"---> HINT: bring it back, or remove {done}: then -y 1 goes on {before}")
+            raise ValueError(f"{path} is {what}, a part of the checkpoint of step {steps[-1]}\n{way_back(folder)}")
     return steps[-1], paths[0]
+
+
+def way_back(folder):
+    """The hint where the newest checkpoint is damaged: how to go on from the one before"""
+    *before, step = complete_checkpoints(folder)
+    done = checkpoint_files(folder, step)[0]
+    goes_on = f"from step {before[-1]}" if before else "anew"
+    return f"---> HINT: bring it back, or remove {done}: then -y 1 goes on {goes_on}"
+
+
+@contextlib.contextmanager
+def weights_of(folder, path):
+    """A context in which the weights `path` are read. An error in those of a checkpoint (None: they are of none) says
+    how to go on without them."""
+    try:
+        yield
+    except ValueError as error:
+        if path is None or path not in str(error):
+            raise
+        problem = str(error).split("\n")[0]
+        raise ValueError(f"{problem}\n{way_back(folder)}") from error
 
 
 def write_model(path, engine, version=3):

@@ -66,7 +66,7 @@ def shuffle(items, random):
     """Permute an array in place with the draws that llm.c makes, and return it. random: numpy's RandomState
 
     For i from the last one down to 1, items i and j are swapped, where j is a draw in 0 … i. A row of swaps of which
-    none has a place in common with another is done at once: 3 s for 67 million items."""
+    none has a place in common with another is done at once: 4 s for 67 million items."""
     last = len(items) - 1
     while last > 0:
         count = min(last, 64 + math.isqrt(last) // 4)

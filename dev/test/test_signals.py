@@ -36,7 +36,7 @@ def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owne
         interrupt(patch, number, owner, name, call)
         printed = train(run, stopped=True)
     assert complete(out)[-1] == step
-    closing = rf"^steps: {step}\ntokens: {32 * step}\n(.*\n)*peak memory: .*\n\Z"
+    closing = rf"^steps: {step}\ntokens: {32 * step}\n(.*\n)*peak memory: .*\n"
     assert step == 0 or re.search(closing, printed, re.MULTILINE)
     train(f"{run} -y 1")
     whole = contents(tmp_path / "whole")
@@ -65,7 +65,7 @@ def hellaswag(monkeypatch):
     """HellaSwag has ten examples."""
     rng = np.random.default_rng(1)
     examples = [([1, 2, 3], [rng.integers(0, 300, 4).tolist() for _ in range(4)], 2) for _ in range(10)]
-    monkeypatch.setattr(train_gpt2, "read_examples", lambda path: examples)
+    monkeypatch.setattr(train_gpt2, "read_examples", lambda path, vocab_size: examples)
 
 
 class Forwards(NullEngine):
@@ -201,8 +201,9 @@ def test_a_checkpoint_that_is_not_finite(train, out):
     before = contents(out)
     printed = train("-x 9 -n 2 -y 1", 1)
     assert "model_00000004.bin" in printed and f"remove {out / 'DONE_00000004'}" in printed and contents(out) == before
+    assert "then -y 1 goes on from step 2\n" in printed
     (out / "DONE_00000004").unlink()
-    train("-x 9 -n 2 -y 1")
+    assert ", step 2 of 9" in train("-x 9 -n 2 -y 1")
 
 
 def test_a_stop_of_a_model_that_has_diverged(train, out, monkeypatch):
