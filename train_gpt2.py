@@ -471,6 +471,9 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
         counter[0] += 1
         return counter[0] - 1
 
+    def packing(panels):
+        return 8
+
 
 LATE = 0.25  # of a tile: what one thread, which others disturb, takes longer than the rest
 
