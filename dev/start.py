@@ -7,6 +7,7 @@ GPT-2's weights on Tiny Shakespeare where both can be fetched. Without the weigh
 about three minutes on two cores: on Tiny Shakespeare or, without a network, on the texts that every Python carries.
 What is there already is not made again; a run that was interrupted goes on.
 """
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -65,6 +66,7 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     chosen = environment()
     try:
         sys.exit(main() if Path(chosen) == Path(sys.executable) else run(chosen, TOP / "dev/start.py"))
