@@ -7,6 +7,12 @@ GPT-2's weights on Tiny Shakespeare where both can be fetched. Without the weigh
 about three minutes on two cores: on Tiny Shakespeare or, without a network, on the texts that every Python carries.
 What is there already is not made again; a run that was interrupted goes on.
 """
+
+if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
+    import os
+    import sys
+    sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
 import argparse
 import importlib.util
 import os
