@@ -49,6 +49,9 @@ def read_state(path, engine):
                              f"{engine.config.max_seq_len} positions")
         check_size(path, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + N))
         x, y = (np.fromfile(file, np.int32, B * T).reshape(B, T) for _ in range(2))
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        if low < 0 or high >= V:
+            raise ValueError(f"{path}: it has tokens {low} to {high}, and the model's vocabulary is 0 to {V - 1}")
         logits = np.fromfile(file, np.float32, B * T * V).reshape(B * T, V)
         loss = float(np.fromfile(file, np.float32, 1)[0])
         grads = np.fromfile(file, np.float32, N)
@@ -90,6 +93,9 @@ def check(model_path, state_path, device="cpu", precision=None, **options):
     if os.path.exists(reference_path):
         reference = read_json(reference_path, {"losses": [float], **dict.fromkeys(settings, float)})
         losses, settings = reference["losses"], {name: reference[name] for name in settings}
+        for name, value in settings.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{reference_path}: {name} is {value}, expected 0 to 1")
     elif os.path.basename(state_path) != os.path.basename(GPT2_124M[1]):
         raise FileNotFoundError(f"no {reference_path}, which holds the losses of ten steps\n"
                                 "---> HINT: dev/train_gpt2_torch.py writes it beside the debug state")

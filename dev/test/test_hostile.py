@@ -137,7 +137,7 @@ def documents(path):
 
 @pytest.mark.parametrize("change, words", [
     ({"losses": "x"}, "losses is"), ({"losses": [1, None]}, "losses[1] is null"), ({"beta1": 10**400}, "beta1"),
-    ({"eps": True}, "eps is true"),
+    ({"eps": True}, "eps is true"), ({"learning_rate": 1e308}, "expected 0 to 1"), ({"eps": -1}, "expected 0 to 1"),
 ])
 def test_debug_json(fails, model, tmp_path, change, words):
     (tmp_path / "s.bin").write_bytes(debug_state())
@@ -153,6 +153,15 @@ def test_debug_state_without_a_batch(fails, model, tmp_path, words, problem):
     state[4:16] = np.array(words, "<i4").tobytes()
     (tmp_path / "s.bin").write_bytes(state)
     assert problem in fails(lambda: test_gpt2.check(str(model), str(tmp_path / "s.bin")))
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_debug_state_with_unknown_tokens(fails, model, tmp_path, token):
+    state = bytearray(debug_state())
+    state[1100:1104] = np.array([token], "<i4").tobytes()
+    (tmp_path / "s.bin").write_bytes(state)
+    line = fails(lambda: test_gpt2.check(str(model), str(tmp_path / "s.bin")))
+    assert "s.bin" in line and "vocabulary is 0 to 299" in line
 
 
 @pytest.mark.parametrize("state", [
