@@ -140,7 +140,7 @@ def test_texts_prompts_and_errors_of_generate(python, tiny, tmp_path, encoding):
     run = python(ROOT / "dev/generate.py", "-e", tiny, "-n", "3", "--past_end", **vocabulary)
     out, err = run.communicate()
     assert run.returncode == 0 and out.startswith("<?><?><?>"), err
-    code = ("import sys; from dev import generate; generate.encode = lambda text: [1]; "
+    code = ("import sys; from dev import generate; from dev.run import text; text.encode = lambda text: [1]; "
             "sys.exit(generate.main(sys.argv[1:]))")
     run = python("-c", code, "-e", tiny, "-n", "2", "--past_end", "-p", "Ωmega \udcff", PYTHONPATH=str(ROOT),
                  **vocabulary)
@@ -153,9 +153,9 @@ def test_texts_prompts_and_errors_of_generate(python, tiny, tmp_path, encoding):
 
 @pytest.mark.parametrize("script", ["dev/data/inspect_bin.py", "dev/vislog.py", "dev/eval/hellaswag.py",
                                     "train_gpt2.py"])
-def test_errors_and_names_of_other_programs(python, make_shard, tmp_path, script):
+def test_errors_and_names_of_other_programs(python, tiny, make_shard, tmp_path, script):
     name = make_shard(tmp_path / "Ωmega.bin", range(100))
-    flags = {"dev/vislog.py": [tmp_path / "Ωmega"], "train_gpt2.py": ["-e", name]}.get(script, ["-i", name])
+    flags = {"dev/vislog.py": [tmp_path / "Ωmega"], "train_gpt2.py": ["-e", name]}.get(script, ["-e", tiny, "-i", name])
     run = python(ROOT / script, *([name] if "inspect" in script else flags), PYTHONIOENCODING="ascii")
     out, err = run.communicate()
     assert "Traceback" not in err and ("?mega" in out or r"\u03a9mega" in err), out + err
