@@ -29,7 +29,7 @@ from dev.run.files import (
     to_bfloat16,
     write_file,
 )
-from dev.run.reading import read_json
+from dev.run.reading import read_json, reading
 from dev.run.schedule import Outliers
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
@@ -277,10 +277,15 @@ def read_run_json(path, data):
         return data, {"windows": []}
     hint = "remove it to go on without what it holds: the last 128 losses and gradient norms"
     run = read_json(path, RUN, hint)
+    with reading(path, hint):  # halves of surrogate pairs name no file
+        os.fsencode(run.get("model", "") + run.get("flags", {}).get("-e", ""))
     if not 0 < run.get("coins", 1) < 1 << 64:
         raise ValueError(f"{path}: coins is {shown(run['coins'], 60)}, which is no state of the sampler\n"
                          f"---> HINT: {hint}")
     run["windows"] = [[float(value) for value in window] for window in run["windows"]]
+    largest = max((abs(value) for window in run["windows"] for value in window), default=0)
+    if largest > 1e30:  # whose square is no number any more, when a loss is compared with them
+        raise ValueError(f"{path}: a loss or a norm of {largest:.0e} makes no sense\n---> HINT: {hint}")
     return (run["tokens_per_batch"], run["shard_tokens"]), {"zero_stage": 0} | run
 
 

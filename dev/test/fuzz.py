@@ -56,7 +56,8 @@ from dev.eval import convert_bin, export_gguf, export_hf, import_hf, multiple_ch
 from dev.run.console import program
 
 SECONDS, MEMORY, TOGETHER = 20, 1 << 30, 25  # of a case; cases of one process
-OTHER_NAMES = "127.0.0.1", "mmlu_test.bin", "this model's limit is", "needs a package"  # an address, a result, flags
+# what errors name instead: an address, a result, a flag, a package, a step
+OTHER_NAMES = "127.0.0.1", "mmlu_test.bin", "this model's limit is", "needs a package", "training has diverged"
 STRANGERS = {"stranger.txt": b"mine", "thesis.tmp": b"mine too"}
 
 # ---------------------------------------------------------------------------------------------------------------------

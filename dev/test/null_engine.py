@@ -56,15 +56,17 @@ class NullEngine(Engine):
 
     def grad_norm(self):
         self.check_order("grad_norm")
-        return float(np.linalg.norm(self.tensors["grads"].memory)) / self.micro_batches
+        with np.errstate(over="ignore"):  # of damaged weights
+            return float(np.linalg.norm(self.tensors["grads"].memory)) / self.micro_batches
 
     def update(self, step, learning_rate, *, norm=None, grad_clip=0.0, beta1=0.9, beta2=0.999, eps=1e-8,
                weight_decay=0.0):
         self.check_order("update")
         params, grads, m, v = (self.tensors[what].memory for what in ("params", "grads", "m", "v"))
-        m += np.float32(1 / (10 * self.micro_batches)) * grads
-        v += m * m
-        params -= np.float32(learning_rate / (step + 1)) * m / (1 + v)
+        with np.errstate(over="ignore"):  # of a damaged state
+            m += np.float32(1 / (10 * self.micro_batches)) * grads
+            v += m * m
+            params -= np.float32(learning_rate / (step + 1)) * m / (1 + v)
         self.micro_batches = 0
 
     def losses(self):

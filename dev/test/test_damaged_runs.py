@@ -68,6 +68,8 @@ def test_damaged_states(train, refused, out, words):
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": 3}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [["a"], []]}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[1e999], []]}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[1e300], []]}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "model": "\\ud800"}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[1' + "0" * 400 + "], []]}",
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "coins": 0}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "zero_stage": "1"}',
