@@ -111,9 +111,9 @@ class ShardWriter:
         return rf"{re.escape(self.name)}_{split}{'_[0-9]{6}' if self.numbered else ''}\.bin"
 
     def remove_leftovers(self):
-        """Remove the beginning of a shard that was being written when a run was killed."""
+        """Remove the beginnings of files, a shard or progress.json, that were being written when a run was killed."""
         if self.folder.is_dir():
-            remove_temporary(self.folder, self.names())
+            remove_temporary(self.folder, rf"{self.names()}|{re.escape(self.name)}\.progress\.json")
 
     def remove_shards(self):
         """Remove the shards of an earlier run with this name, so that old and new ones never mix."""

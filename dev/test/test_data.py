@@ -128,8 +128,13 @@ def test_download_notices_another_file(server, tmp_path, how):
 
 
 def test_download_stopped_before_the_rename(server, tmp_path, monkeypatch):
+    def stopped(source, target):
+        if os.fspath(target) == os.fspath(tmp_path / "file"):
+            raise KeyboardInterrupt
+        return replace(source, target)
+    replace = os.replace
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(os, "replace", stopped)
         download(server.url + "/file", tmp_path / "file")
     assert not (tmp_path / "file").exists()
     download(server.url + "/file", tmp_path / "file")

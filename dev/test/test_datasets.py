@@ -698,6 +698,8 @@ def test_inspect_values(bins):
 
 def test_inspect_command(bins):
     done = script("inspect_bin.py", *bins.glob("*.bin"), "--data_dir", bins, "--sha256")
-    assert done.returncode == 0 and done.stdout.count(b"  OK\n") == 7 == done.stdout.count(b"sha256  "), done.stdout
+    many = len(list(bins.glob("*.bin")))
+    assert many > 6 and done.stdout.count(b"  OK\n") == many == done.stdout.count(b"sha256  "), done.stdout
+    assert done.returncode == 0
     done = script("inspect_bin.py", bins / "shard.bin", bins / "none.bin", "--data_dir", bins)
     assert done.returncode == 1 and b"error: " in done.stderr and b"Traceback" not in done.stderr
