@@ -118,6 +118,8 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
     state_path = folder / f"{name}.progress.json"
     state = _load_state(state_path, job, writers)
     dealt = state.setdefault("dealt", {split: deal and deal.state for split in writers})  # before the batch in `done`
+    if deal and None in dealt.values():
+        raise ValueError(f"{show(state_path)} does not say what is held out\n---> HINT: delete it to begin anew")
     done = state["done"]  # {split: [complete shards, batches before the next token, its place in that batch]}
     full = max_shards is not None and all(d[0] >= max_shards for d in done.values())
     if state["complete"] or full:

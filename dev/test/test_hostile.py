@@ -176,6 +176,17 @@ def test_progress_of_the_wrong_shape(fails, tmp_path, state):
     assert "p.progress.json" in line
 
 
+def test_progress_that_does_not_say_what_is_held_out(fails, tmp_path):
+    job = ["j", "bytes", tokenising.PIECE, tokenising.BATCH, ["train", "val"]]
+    state = {"job": job, "complete": False, "done": dict.fromkeys(("train", "val"), [0, 0, 0]),
+             "dealt": dict.fromkeys(("train", "val"))}
+    (tmp_path / "p.progress.json").write_text(json.dumps(state))
+    writers = {split: ShardWriter(tmp_path, "p", split, 10) for split in ("train", "val")}
+    deal = tokenising.HoldOut(0.1, 256)
+    line = fails(lambda: tokenising.tokenize(iter([("", True, "a")]), writers, "j", "bytes", 1, deal=deal))
+    assert "p.progress.json does not say" in line and (tmp_path / "p.progress.json").exists()
+
+
 def test_progress_of_a_thousand_million_shards(tmp_path):
     state = {"job": "j", "complete": False, "done": {"train": [10**9, 0, 0]}}
     (tmp_path / "p.progress.json").write_text(json.dumps(state))
