@@ -325,7 +325,7 @@ if rank == 1:
     ("from dev.run import mpi; mpi.Mpi.describe = die", ""),              # when it has begun
     ("train_gpt2.load_kernels = die", "threads: "),
     ("train_gpt2.validate = die", "num_activations: "),
-    ("from dev.run import checkpoints; checkpoints.write_file = die", "step 1: "),
+    ("from dev.run import checkpoints; checkpoints.write_file = die", "step 1/2: "),
     ("from dev.run import mpi; mpi.Mpi.close = die", "checkpoint of step 2"),
 ])
 def test_a_death_ends_all(run, out, where, reached):
