@@ -185,10 +185,11 @@ def test_a_run_goes_on_here_and_there(really_train, out, fake_gpu):
     """From a GPU to a CPU and back, killed twice, with float32 weights in the state: as if it had stayed on a CPU"""
     text, cpu, gpu = "-x {} -n 2 -v 2 -s 2 -g 3 -l 1e-3 -y 1 -w 1", "--precision fp32", "--device cuda --attention own"
     printed = really_train(f"{text.format(6)} {cpu} -o {out}_cpu")
-    expected = re.findall(r"(?:val loss|train loss) (\S+)", printed)
+    loss = re.compile(r"^(?:val loss|step .*: train loss) (\S+)", re.MULTILINE)
+    expected = loss.findall(printed)
     found = [really_train(f"{text.format(steps)} {device}")
              for steps, device in ((2, gpu), (4, cpu), (6, gpu))]
-    losses = [loss for run in found for loss in re.findall(r"(?:val loss|train loss) (\S+)", run)]
+    losses = [number for run in found for number in loss.findall(run)]
     assert np.float64(losses) == pytest.approx(np.float64(expected), rel=5e-3)
     versions = [np.fromfile(out / f"model_{step:08d}.bin", np.int32, 2)[1] for step in (2, 4, 6)]
     assert versions == [5, 3, 5]
