@@ -81,7 +81,7 @@ def measure(command, threads, limit):
     if run.returncode:
         lines = [line for line in run.stderr.splitlines() if line.strip(" -")]
         raise RuntimeError(next((line for line in lines if "error" in line.lower()), (lines or ["no message"])[0]))
-    steps = [float(ms) / 1e3 for ms in re.findall(r"^step \d+: .*\(took ([\d.]+) ms\)", run.stdout, re.MULTILINE)]
+    steps = [float(ms) / 1e3 for ms in re.findall(r"^step \d+/\d+.*\(took ([\d.]+) ms\)", run.stdout, re.MULTILINE)]
     profile = re.findall(r"^(.*?) +([\d.]+) ms +[\d.]+ % of the run", run.stdout, re.MULTILINE)
     memory = float(re.search(r"^peak memory: ([\d,]+) MiB", run.stdout, re.MULTILINE)[1].replace(",", ""))
     return steps[1:], {name: float(ms) / 1e3 / len(steps) for name, ms in profile}, memory
