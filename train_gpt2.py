@@ -1388,8 +1388,8 @@ def train(flags, processes=ALONE):
     """Train a model as the flags say: once in a while estimate how good it is, let it write, save it; then a step."""
     B, T, folder, report = flags.batch_size, flags.sequence_length, flags.output_dir, Report(flags, processes)
     resume_step, checkpoint = newest_checkpoint(folder) if flags.resume else (None, None)
-    model = choose_data(flags, checkpoint or flags.model)
     with weights_of(folder, checkpoint):
+        model = choose_data(flags, checkpoint or flags.model)
         engine = build(model, flags.device, flags.precision, processes, **flags.options)
     report.program(engine)
 
@@ -1406,10 +1406,11 @@ def train(flags, processes=ALONE):
                     validation_tokens=val_loader.num_tokens, examples=len(examples))
 
     # the model, and where it left off
-    report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
-    run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.settings)
-    if resume_step is not None:
-        read_run_checkpoint(folder, resume_step, run)
+    with weights_of(folder, checkpoint):  # which are read when they are first needed
+        report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
+        run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.settings)
+        if resume_step is not None:
+            read_run_checkpoint(folder, resume_step, run)
     report.begin(run, steps, tokenizer, output := Output(flags, run))
 
     def checkpoint(stopping, saving, due=False):  # if it is due or has been asked for. Has a stop been asked for?
@@ -1436,8 +1437,7 @@ def train(flags, processes=ALONE):
                     report.sample(tokenizer, stop.alone(generate(engine, sampler, prompt, flags.gen_tokens - 1)))
 
             # once in a while write a checkpoint
-            stopping = checkpoint(*stop.asked(), due(flags.checkpoint_every) and begun)
-            if step >= steps or stopping:
+            if checkpoint(*stop.asked(), due(flags.checkpoint_every) and begun) or step >= steps:
                 break
 
             # a training step

@@ -24,7 +24,7 @@ from dev.data.shards import ShardWriter, check_shard
 from dev.data.tokenising import pieces, tokenize
 from dev.run.arguments import Parser
 from dev.run.console import shown
-from dev.run.reading import LARGEST_JSON, read_json
+from dev.run.reading import LARGEST_JSON, read_json, reason
 
 REPOSITORIES = {"classic": ("fineweb", "HuggingFaceFW/fineweb"), "edu": ("edu_fineweb", "HuggingFaceFW/fineweb-edu")}
 LISTING = [{"path": str, "size": int, "lfs?": ({"oid?": str}, None)}]
@@ -41,8 +41,7 @@ def list_parquet(url, path):
                 raise ValueError(f"a file of {e['size']} bytes is called {shown(e['path'])!r}")
     except ValueError as e:
         path.unlink()
-        problem = str(e).split("\n")[0]
-        raise ValueError(f"{url} answers with something else than a list of files: {problem}") from None
+        raise ValueError(f"{url} answers with something else than a list of files: {reason(e)}") from None
     return sorted((e["path"], e["size"], (e.get("lfs") or {}).get("oid")) for e in entries)
 
 

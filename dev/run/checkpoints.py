@@ -29,7 +29,7 @@ from dev.run.files import (
     to_bfloat16,
     write_file,
 )
-from dev.run.reading import read_json, reading
+from dev.run.reading import read_json, reading, reason
 from dev.run.schedule import Outliers
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
@@ -110,10 +110,9 @@ def weights_of(folder, path):
     try:
         yield
     except ValueError as error:
-        if path is None or path not in str(error):
+        if path is None or not str(error).startswith(f"{shown(path)}: "):
             raise
-        problem = str(error).split("\n")[0]
-        raise ValueError(f"{problem}\n{way_back(folder)}") from error
+        raise ValueError(f"{reason(error)}\n{way_back(folder)}") from error
 
 
 def write_model(path, engine, version=3):
@@ -232,11 +231,11 @@ def read_run_checkpoint(folder, step, run):
             fit = ("---> HINT: llm.c shuffles each process's batches in its own way: "
                    f"-e {model_path} begins a new run with its weights")
         raise ValueError(f"{state_path}: {error}\n{fit}") from error
-    require_sound(run, f"{model_path}, {state_path}", f"---> HINT: remove {done}: then -y 1 goes on from before it")
+    hint = f"---> HINT: remove {done}: then -y 1 goes on from before it"
+    require_sound(run, f"{model_path}, {state_path}", hint)
     run.sampler.state = int(header[20:22].view(np.uint64)[0])
     if not run.sampler.state:
-        raise ValueError(f"{state_path}: damaged: its sampler's state is 0, from which all coins are 0\n"
-                         f"---> HINT: remove {done}: then -y 1 goes on from before it")
+        raise ValueError(f"{state_path}: damaged: its sampler's state is 0, from which all coins are 0\n{hint}")
     for window, old in zip(run.outliers.windows, more["windows"]):
         window.extend(old)
     before = {"-e": more.get("model", run.settings["-e"])} | more.get("flags", {})

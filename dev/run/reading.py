@@ -31,9 +31,9 @@ def reading(path, hint="fetch or write it again"):
 
 
 def reason(error):
-    """What an exception says, in one line that is never empty"""
+    """What an exception says, in one line that is never empty, without its hints"""
     kind = next((words for kind, words in WORDS.items() if isinstance(error, kind)), None)
-    text = getattr(error, "strerror", None) or str(error)
+    text = (getattr(error, "strerror", None) or str(error)).split(HINT)[0]
     return ": ".join(filter(None, [kind, shown(text)])) or type(error).__name__
 
 

@@ -227,13 +227,18 @@ def test_a_folder_is_no_checkpoint(refused, tmp_path):
 @pytest.mark.parametrize("flag", ["-i", "-j"])
 @pytest.mark.parametrize("shard, message", [
     ({"magic": 5}, "magic number is 5"), ({"version": 7}, "version 7"), ({"count": 1001}, "truncated"),
-    ({"count": 999}, "too long"), ({"tokens": range(8)}, "tokens of a batch"), ({"tokens": []}, "tokens of a batch"),
-    (None, "no file matches"),
+    ({"count": 999}, "too long"), (None, "no file matches"),
 ])
 def test_damaged_shards(refused, make_shard, tmp_path, flag, shard, message):
     if shard is not None:
         make_shard(tmp_path / "shard.bin", **({"tokens": range(1000)} | shard))
     refused(f"-v 1 {flag} {tmp_path}/sh*.bin", "sh", message)
+
+
+@pytest.mark.parametrize("flag, tokens, message", [  # validation takes one sequence of 8, where there are no two
+    ("-i", range(16), "17 tokens"), ("-i", [], "17 tokens"), ("-j", range(8), "9 tokens"), ("-j", [], "9 tokens")])
+def test_shards_without_a_batch(refused, make_shard, tmp_path, flag, tokens, message):
+    refused(f"-v 1 {flag} {make_shard(tmp_path / 'shard.bin', tokens)}", "shard.bin", message)
 
 
 @pytest.mark.parametrize("tokens, B", [(9, 1), (16, 1), (17, 2), (40, 4)])

@@ -292,6 +292,13 @@ def test_stories(fails, tmp_path, story):
     assert "s.json is no JSON list of stories" in fails(lambda: tinystories.stories(tmp_path / "s.json"))
 
 
+def test_stories_that_are_cut_off(fails, tmp_path):
+    """The error names no flag of another program."""
+    (tmp_path / "s.json").write_text('[{"story": "a"}, {"story')
+    line = fails(lambda: tinystories.stories(tmp_path / "s.json"))
+    assert "s.json is no JSON list of stories" in line and "cut off" in line and "HINT" not in line
+
+
 @pytest.mark.parametrize("entry", [
     {"path": 3, "size": 1}, {"path": "a.parquet", "size": "1"}, {"path": "a.parquet", "size": -1},
     {"path": "a.parquet", "size": {}}, {"path": f"{FORGED}.parquet", "size": 1},
