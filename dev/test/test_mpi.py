@@ -456,15 +456,15 @@ def test_a_warning_is_answered_within_a_batch(run, hellaswag, out):
     must not find what the other writes."""
     act = "os.kill(os.getpid(), signal.SIGUSR1)"
     slow = """
-import glob
-find, replace = glob.glob, os.replace
-def slow_glob(pattern, **options):
-    time.sleep(0.5 * pattern.endswith(".tmp"))
-    return find(pattern, **options)
+from dev.run import folder
+remove, replace = folder.remove_temporary, os.replace
+def slow_remove(*args):
+    time.sleep(0.5)
+    remove(*args)
 def slow_replace(old, new):
     time.sleep(rank)
     replace(old, new)
-glob.glob, os.replace = slow_glob, slow_replace
+folder.remove_temporary, os.replace = slow_remove, slow_replace
 """
     code = WITHIN.format(rank=1, what=0, number=3, hellaswag=hellaswag, act=act) + slow
     said = run(2, "-x 2 -v 2 -m 18 -n 2", code)
