@@ -34,12 +34,11 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.batches import NO_DATA, largest_batches
 from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, weights_of
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
-from dev.run.data import choose_data, find_shards, tokens_in
+from dev.run.data import NO_DATA, choose_data, find_shards, largest_batches, tokens_in
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import MODEL_MAGIC, read_header, require_numbers
 from dev.run.flags import parse_flags

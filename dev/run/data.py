@@ -1,19 +1,23 @@
 """
-Token shards before they are read: which files a flag means, what their headers say, which vocabulary they are in.
+Token shards before they are read: which files a flag means, what their headers say, which vocabulary they are in, and
+how large a batch there is for validation.
 
 Word 3 of a shard's header is the size of its vocabulary where that is not GPT-2's. llm.c leaves it 0.
 """
 import glob
 import os
 import re
+from types import SimpleNamespace
 
 from dev.run.config import is_checkpoint, model_config
-from dev.run.files import HEADER_BYTES, SHARD_MAGIC, check_size, open_file, read_header
+from dev.run.files import HEADER_BYTES, check_size, open_file
+from dev.run.shard import read_shard_header
 from dev.run.text import Bytes
 
 BYTES = len(Bytes.tokens)
 PLACES = [f"data/{folder}_{{}}.bin" for folder in (
     "tinyshakespeare/tiny_shakespeare", "tinyshakespeare_bytes/tiny_shakespeare", "pydoc/pydoc", "pydoc_bytes/pydoc")]
+NO_DATA = SimpleNamespace(num_tokens=0, num_batches=0)  # without validation no -j is needed
 DEFAULT = PLACES[0].format("train"), PLACES[0].format("val")  # of -i and -j
 
 
@@ -32,7 +36,7 @@ def tokens_in(path, vocab_size=None):
     """The number of tokens in a shard. ValueError where it is damaged, or not in the vocabulary of the model: a model
     of bytes and GPT-2's tokens never fit, other numbers only have to be in the model's vocabulary."""
     with open_file(path) as file:
-        tokens, vocabulary = map(int, read_header(file, path, SHARD_MAGIC, (1,))[2:4])
+        tokens, vocabulary = read_shard_header(file, path)
     check_size(path, HEADER_BYTES + 2 * tokens)
     if vocab_size and (vocabulary not in (0, vocab_size) or vocabulary == 0 and vocab_size == BYTES):
         raise ValueError(f"{path} has {named(vocabulary or 50257)}, the model has {named(vocab_size)}\n"
@@ -49,7 +53,7 @@ def named(vocabulary):
 def vocabulary_in(path):
     """The size of a shard's vocabulary; None where its header leaves that open, as GPT-2's do"""
     with open_file(path) as file:
-        return int(read_header(file, path, SHARD_MAGIC, (1,))[3]) or None
+        return read_shard_header(file, path)[1] or None
 
 
 def choose_data(flags, model):
@@ -67,3 +71,10 @@ def choose_data(flags, model):
         return model
     vocabulary = vocabulary_in(find_shards(flags.input_bin)[0])
     return f"{model}v{vocabulary}" if vocabulary else model
+
+
+def largest_batches(loader, pattern, B, T, vocab_size):
+    """A loader(pattern, B, T), or one with fewer sequences in a batch where there are not so many tokens: a text of
+    which a part is held out for validation has few there. ValueError where there is not one sequence"""
+    fit = (max(loader(pattern, 1, T, vocab_size=vocab_size).shard_tokens) - 1) // T
+    return loader(pattern, min(B, fit), T, vocab_size=vocab_size)

@@ -16,12 +16,18 @@ class DamagedBatch(ValueError):
     """A batch that cannot be trained on. Those before and after it may be sound."""
 
 
+def read_shard_header(file, path):
+    """(tokens, size of the vocabulary: 0 where that is left open, as in GPT-2's). ValueError where it is no shard"""
+    tokens, vocabulary = map(int, read_header(file, path, SHARD_MAGIC, (1,))[2:4])
+    return tokens, vocabulary
+
+
 class Shard:
-    """A shard that is open. tokens: how many it has, or None where that is to be found out.
+    """A shard that is open. tokens: how many it had when the run began
 
     Raises ValueError where it is none, or has become another one."""
 
-    def __init__(self, path, tokens=None):
+    def __init__(self, path, tokens):
         self.path, self.tokens, self.changed = path, tokens, None
         self.file = open(path, "rb", 0)
         self.look()
@@ -32,12 +38,12 @@ class Shard:
         if self.changed == (found.st_mtime_ns, found.st_size):
             return
         self.file.seek(0)
-        tokens = int(read_header(self.file, self.path, SHARD_MAGIC, (1,))[2])
+        tokens, _ = read_shard_header(self.file, self.path)
         check_size(self.path, HEADER_BYTES + 2 * tokens)
-        if self.tokens not in (None, tokens):
+        if tokens != self.tokens:
             raise ValueError(f"{self.path}: it has {tokens:,} tokens now, and had {self.tokens:,} when the run began\n"
                              "---> HINT: bring the old file back, or begin anew")
-        self.tokens, self.changed = tokens, (found.st_mtime_ns, found.st_size)
+        self.changed = found.st_mtime_ns, found.st_size
 
     def read(self, start, count):
         """`count` tokens from the one at position `start`, uint16. Raises DamagedBatch where the disk cannot read them,
