@@ -22,13 +22,19 @@ DEBUG_STATE_MAGIC = 20240327  # for test_gpt2.py: a batch, and what PyTorch make
 TOKENIZER_MAGIC = 20240328    # the bytes of each token
 
 
+def kind_of(found):
+    """What a path is, of which os.stat() says `found`, in a word: file, folder, pipe or device"""
+    mode = found.st_mode
+    return ("file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode)
+            else "device")
+
+
 def plain_file(path):
     """The size of a file in bytes. ValueError where the path is no plain file: a pipe would be waited for, and a device
     has no end."""
     found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe" if stat.S_ISFIFO(found.st_mode) else "device"
-        raise ValueError(f"{shown(path)} is a {kind}, expected a file")
+    if kind_of(found) != "file":
+        raise ValueError(f"{shown(path)} is a {kind_of(found)}, expected a file")
     return found.st_size
 
 
@@ -98,8 +104,8 @@ def destination(path):
         raise ValueError(f"{path} is another user's link in a folder that all may write to\n"
                          "---> HINT: name another file")
     end = os.path.realpath(path)
-    if os.path.exists(end) and not os.path.isfile(end):
-        kind = "folder" if os.path.isdir(end) else "pipe" if stat.S_ISFIFO(os.stat(end).st_mode) else "device"
+    kind = kind_of(os.stat(end)) if os.path.exists(end) else "file"
+    if kind != "file":
         raise ValueError(f"{path} is a {kind}, expected the name of a file, which could be replaced\n"
                          "---> HINT: name another file")
     return end
