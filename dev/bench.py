@@ -52,9 +52,10 @@ from dev.run.arguments import Parser
 from dev.run.checkpoints import write_model
 from dev.run.console import complaint, open_console
 from dev.run.engine import DECAYED, aligned
-from dev.run.files import SHARD_MAGIC, write_file
+from dev.run.files import SHARD_MAGIC, new_header, write_file
 from dev.run.machine import available_cpus, peak_memory
 from dev.run.reading import read_json
+from dev.run.report import step_seconds
 from dev.run.text import Sampler, generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,16 +254,8 @@ def lines_of(command, **options):
         end(process)
 
 
-def took(line):
-    """The seconds in a step's line; 0 in all other lines"""
-    match = re.match(r"step \d+(?:/\d+.*?)?: .*\(took ([\d.]+) ms\)", line)
-    return float(match[1]) / 1e3 if match else 0.0
-
-
 def write_shard(path, tokens):
-    header = np.zeros(256, np.int32)
-    header[:3] = SHARD_MAGIC, 1, tokens.size
-    write_file(path, header, tokens.astype(np.uint16))
+    write_file(path, new_header(SHARD_MAGIC, 1, tokens.size), tokens.astype(np.uint16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +398,7 @@ def threads(bench):
     bench.use_threads(bench.threads)
 
 
-def fastest_peer(bench, what, B, T, ours, peak=None):
+def fastest_peer(bench, what, B, T, ours, peak):
     """With --torch a row of PyTorch's step, on as many threads as ours now has, eager or compiled, what is faster"""
     rows = []
     for mode in ("eager", "compiled") if bench.flags.torch else ():
@@ -478,8 +471,9 @@ def start(bench):
     for what in "cold", "warm":
         seen = bench.train(*bench.shapes[0], "-x", "1", "-v", "0", "-s", "0", env=env)
         (ready, line), (built, _), (end, step) = seen["kernels"], seen["[GPT-2]"], seen["step 0"]
-        yield {"what": what, "rate": end - took(step) - (built - ready), "unit": "s", "model_seconds": built - ready,
-               "note": f"{line.split('(')[0].strip()}; making the model: {built - ready:.1f} s more"}
+        model = built - ready
+        yield {"what": what, "rate": end - step_seconds(step) - model, "unit": "s", "model_seconds": model,
+               "note": f"{line.split('(')[0].strip()}; making the model: {model:.1f} s more"}
 
 
 def torch(bench):
@@ -515,7 +509,7 @@ def llmc(bench):
     times, command = [], [os.path.abspath(bench.flags.llmc)]
     with contextlib.closing(lines_of(command, cwd=folder, env=peer_environment())) as lines:
         for _, line in lines:
-            times += [took(line)] if took(line) else []
+            times += filter(None, [step_seconds(line)])
             if len(times) > 3:
                 break
     if len(times) < 4:

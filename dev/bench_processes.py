@@ -31,8 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dev.run.arguments import Parser
+from dev.run.console import program
 from dev.run.files import SHARD_MAGIC, new_header, write_file
 from dev.run.machine import available_cpus
+from dev.run.report import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 100  # seconds of a row; those that compile have more
@@ -56,10 +59,13 @@ def rows_of(flags):
     return plain + [(*row, option) for option in (("cores",), ("cores", "z1")) for row in several]
 
 
+def threads_each(ranks):
+    return max(1, available_cpus() // ranks)
+
+
 def command_of(flags, mpirun, shard, precision, ranks, options, steps):
     """The command of one row, a list of words"""
-    threads = max(1, available_cpus() // ranks)
-    binding = ["--map-by", f"slot:PE={threads}:HWTCPUS"] if "cores" in options else ["--bind-to", "none"]
+    binding = ["--map-by", f"slot:PE={threads_each(ranks)}:HWTCPUS"] if "cores" in options else ["--bind-to", "none"]
     launcher = [mpirun, "-np", str(ranks), *binding] if ranks > 1 else []
     if ranks > available_cpus():
         launcher += ["--oversubscribe"]
@@ -81,7 +87,7 @@ def measure(command, threads, limit):
     if run.returncode:
         lines = [line for line in run.stderr.splitlines() if line.strip(" -")]
         raise RuntimeError(next((line for line in lines if "error" in line.lower()), (lines or ["no message"])[0]))
-    steps = [float(ms) / 1e3 for ms in re.findall(r"^step \d+/\d+.*\(took ([\d.]+) ms\)", run.stdout, re.MULTILINE)]
+    steps = list(filter(None, map(step_seconds, run.stdout.splitlines())))
     profile = re.findall(r"^(.*?) +([\d.]+) ms +[\d.]+ % of the run", run.stdout, re.MULTILINE)
     memory = float(re.search(r"^peak memory: ([\d,]+) MiB", run.stdout, re.MULTILINE)[1].replace(",", ""))
     return steps[1:], {name: float(ms) / 1e3 / len(steps) for name, ms in profile}, memory
@@ -98,7 +104,12 @@ def print_row(flags, precision, ranks, options, threads, result):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: see --help. Returns the exit status."""
+    return program(measure_rows, argv)
+
+
+def measure_rows(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="d12", help="a model that train_gpt2.py's -e takes; default d12")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step, by all processes; default 1024 = 4 x 256")
     parser.add_argument("--sequence", type=int, default=256, help="tokens in a row of a micro-batch; default 256")
@@ -107,15 +118,11 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=10, help="of a row, and one more that is not counted; default 10")
     parser.add_argument("--seconds", type=float, default=230, help="no row begins later; default 230")
     flags = parser.parse_args(argv)
-    try:
-        flags.ranks, mpirun = [int(ranks) for ranks in flags.ranks.split(",")], find_mpirun()
-        rows = rows_of(flags)
-        for _, ranks, _ in rows:
-            if flags.tokens % (flags.sequence * ranks):
-                raise ValueError(f"{flags.tokens} tokens are not divided by {ranks} processes of {flags.sequence}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    flags.ranks, mpirun = [int(ranks) for ranks in flags.ranks.split(",")], find_mpirun()
+    rows = rows_of(flags)
+    for _, ranks, _ in rows:
+        if flags.tokens % (flags.sequence * ranks):
+            raise ValueError(f"{flags.tokens} tokens are not divided by {ranks} processes of {flags.sequence}")
 
     begun, compiled = time.perf_counter(), set()
     print(f"{flags.model}, {flags.tokens:,} tokens a step in rows of {flags.sequence}, {available_cpus()} processors, "
@@ -131,7 +138,7 @@ def main(argv=None):
                 print(f"{':'.join(map(str, (*row[:2], *row[2])))} and what follows: no time left")
                 break
             precision, ranks, options = row
-            threads = max(1, available_cpus() // ranks)
+            threads = threads_each(ranks)
             try:
                 if precision not in compiled:  # a small run, before the first row of this precision
                     small = argparse.Namespace(model="d6", tokens=64, sequence=64)
@@ -142,7 +149,6 @@ def main(argv=None):
             except RuntimeError as error:
                 print(f"| {precision} | {ranks} x {threads} | {' '.join(options) or '-'} | {error} |", flush=True)
     print(f"\n{time.perf_counter() - begun:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

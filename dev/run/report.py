@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import math
 import platform
+import re
 import shutil
 import time
 from collections import Counter
@@ -14,6 +15,12 @@ from datetime import timedelta
 from dev.run.machine import peak_memory
 from dev.run.multiple_choice import accuracy
 from dev.run.verdict import summary
+
+
+def step_seconds(line):
+    """The seconds of a step, of which Report.step_line() or llm.c has printed a line; 0 for any other line"""
+    match = re.match(r"step \d+(?:/\d+.*?)?: .*\(took ([\d.]+) ms\)", line)
+    return float(match[1]) / 1e3 if match else 0.0
 
 
 class Report:
