@@ -1,7 +1,6 @@
 # Every target works as the first command in a fresh clone: it makes .venv, fetches what it needs and runs.
 PYTHON ?= python3
 RUN = .venv/bin/python
-comma := ,
 RUN_GPU = .venv-gpu/bin/python
 SHAKESPEARE = data/tinyshakespeare/tiny_shakespeare_
 PYDOC = data/pydoc/pydoc_
@@ -44,6 +43,7 @@ distclean: clean  ## and what is in data/: texts, weights, what test-full wrote 
 	@git clean -ndX data; printf "remove all of this? [y/N] "; read -r answer; \
 	if [ "$$answer" = y ]; then git clean -qfdX data; else echo "data/ stays"; fi
 
+comma := ,
 bench: .venv/ready  ## this machine's ceilings, every kernel, whole steps; ARGS=--torch puts PyTorch beside them
 	$(RUN) -m dev.bench $(ARGS)
 	$(RUN) -m dev.bench --precision bf16 --only kernels,steps$(if $(findstring --torch,$(ARGS)),$(comma)torch --torch)

@@ -14,14 +14,13 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
 import argparse
-import importlib.util
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[1]
-PACKAGES = "numpy", "numba", "tiktoken", "requests"
 RUN = "data/runs/first"
 BYTES = "-e gpt2:l4c128h4t128 -b 8 -t 128 -x 4000 -l 2e-3 -u 100 -q 0.1 -c 0.1 --beta2 0.99 --grad_clip 1".split()
 LOOK = "-v 500 -m 20 -s 1000 -g 400 --temperature 0.8 -n 1000 -nk 1".split()
@@ -33,7 +32,8 @@ def run(*command):
 
 def environment():
     """The path of a Python that has the packages: this one, or that of .venv, which is made where it is missing"""
-    if all(map(importlib.util.find_spec, PACKAGES)):
+    with contextlib.suppress(SystemExit):  # what dev.run ends with where one is missing
+        import dev.run  # noqa: F401
         return sys.executable
     python = TOP / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if sys.version_info < (3, 10):

@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from dev.run import console
-from dev.run.console import program
+from dev.run.console import plain, program
 
 DATA = Path(__file__).resolve().parents[2] / "data"  # where the scripts put what they make
 
@@ -73,4 +72,4 @@ class Progress:
 def say(text):
     """Print a line, in the place of the progress that a terminal may be showing."""
     Progress.clear()
-    print(console.plain(text), flush=True)
+    print(plain(text), flush=True)

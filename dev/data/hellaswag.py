@@ -10,7 +10,6 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
-
 from dev.data.command_line import add_common_flags, run
 from dev.data.download import download
 from dev.data.readers import LONGEST
