@@ -1,7 +1,27 @@
-"""A web server on 127.0.0.1 that misbehaves on demand, for the tests of what downloads."""
+"""Web servers on 127.0.0.1 that misbehave on demand, for the tests of what downloads."""
 
+import contextlib
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@contextlib.contextmanager
+def answering(answer):
+    """The address of a server that answers every call with these bytes, whatever they are"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:  # closed
+                    return
+                with connection, contextlib.suppress(OSError):  # a client that hangs up
+                    connection.settimeout(1)
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 class FlakyServer:

@@ -30,12 +30,10 @@ import resource
 import select
 import shutil
 import signal
-import socket
 import struct
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import traceback
 import zipfile
@@ -43,6 +41,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from flaky_server import answering
 from fuzz_seeds import FORGED, seeds_of, tiny_model
 from null_engine import NullEngine
 
@@ -279,18 +278,9 @@ def tokenising_goes_on(folder):
 
 def fetched(folder):
     """Fetch a file from a server that answers with the bytes of a file"""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        def serve():
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = server.accept()
-                    with connection:
-                        connection.settimeout(1)
-                        connection.recv(1 << 16)
-                        connection.sendall((folder / "answer.http").read_bytes())
-        threading.Thread(target=serve, daemon=True).start()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/answer.http"
-        return program(lambda: download.download(url, folder / "out.bin", timeout=1.0, retries=1) and None)
+    with answering((folder / "answer.http").read_bytes()) as url:
+        return program(lambda: download.download(f"{url}/answer.http", folder / "out.bin", timeout=1.0, retries=1)
+                       and None)
 
 
 TEXT = "--tokenizer bytes --workers 1 --name t --data_dir {0}/made".split()

@@ -51,13 +51,17 @@ def shard():
     return new_header(SHARD_MAGIC, 1, 400).tobytes() + tokens.tobytes()
 
 
-def evaluation_set():
-    words = []
-    for index in range(3):
-        example = [65535, 0, index, index % 2, 2, 3, 1, 2, 3, 2, 4, 5, 1, 6]
-        example[1] = 2 * len(example)
+def evaluation_set(*examples):
+    """examples: (context, completions, label). A size that does not fit into 16 bits is cut to them."""
+    words, longest = [], 0
+    for index, (context, completions, label) in enumerate(examples):
+        example = [65535, 0, index, label, len(completions), len(context), *context]
+        for completion in completions:
+            example += [len(completion), *completion]
+        longest = max(longest, 2 * len(example))
+        example[1] = 2 * len(example) % 65536
         words += example
-    return new_header(EVAL_MAGIC, 1, 3, 28).tobytes() + np.array(words, "<u2").tobytes()
+    return new_header(EVAL_MAGIC, 1, len(examples), longest).tobytes() + np.array(words, "<u2").tobytes()
 
 
 def tokenizer():
@@ -196,7 +200,7 @@ FILES = {
     "debug": lambda: {"s.bin": debug_state(), "s.json": debug_json()},
     "tokenizer.bin": lambda: {"data/gpt2_tokenizer.bin": tokenizer()},
     "run": a_run,
-    "evaluation": lambda: {"set.bin": evaluation_set()},
+    "evaluation": lambda: {"set.bin": evaluation_set(*(([1, 2, 3], [[4, 5], [6]], i % 2) for i in range(3)))},
     "main.log": lambda: {"main.log": b"s:0 tel:5.1234\ns:0 trl:5.0000 lr:0.000100 norm:1.25\n"
                                      b"s:1 trl:4.5000 lr:0.000100 norm:1.20\ns:1 eval:0.2500\n"},
     "config.json": lambda: hugging_face(False), "safetensors": lambda: hugging_face(False),

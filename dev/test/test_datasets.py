@@ -10,13 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flaky_server import FlakyServer
+from fuzz_seeds import archive
 
 from dev.data import download, fineweb, hellaswag, inspect_bin, mmlu, text, tinystories, tokenising
 from dev.data.shards import ShardWriter, write_datafile, write_evalfile
@@ -417,22 +417,12 @@ def test_text_stopped_from_outside(tmp_path, how):
 # TinyStories, FineWeb
 
 
-def tar(files, mode="w:gz"):
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode=mode) as t:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            t.addfile(info, io.BytesIO(content))
-    return packed.getvalue()
-
-
 def test_tinystories(server, main, tmp_path):
     files = {}
     for i in (2, 0, 1):
         stories = [{"story": f"  Story {i}.{j} \n" if j != 7 else " ", "source": "x"} for j in range(50)]
         files[f"./data{i:02}.json"] = json.dumps(stories, indent=i or None).encode()
-    server.files["/stories.tar.gz"] = tar({**files, "./._data00.json": b"Mac"})
+    server.files["/stories.tar.gz"] = archive("w:gz", {**files, "./._data00.json": b"Mac"})
     server.faults["/stories.tar.gz"] = ["truncate", "500"]
     main(tinystories, "--url", server.url + "/stories.tar.gz")
 
@@ -456,7 +446,7 @@ def test_tinystories_bad_file(tmp_path, content):
 
 
 def test_tinystories_bad_archive(server, main, tmp_path):
-    server.files["/x"] = tar({"a.json": os.urandom(100_000)})[:50_000]
+    server.files["/x"] = archive("w:gz", {"a.json": os.urandom(100_000)})[:50_000]
     with pytest.raises(ValueError, match="cannot be unpacked"):
         main(tinystories, "--url", server.url + "/x")
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.json"))
@@ -595,8 +585,9 @@ def test_hellaswag_bad_line(server, main, tmp_path):
 
 def test_mmlu(server, main, tmp_path):
     rows = {"b": '"Is it\n""quoted""?",1,0.50,n/a,"None, of it",C\r\n', "a": "Q,w,x,y,z,A\nQ2,w,x,y,z,D\n"}
-    server.files["/data.tar"] = tar({f"data/test/{n}_test.csv": r.encode() for n, r in rows.items()}
-                                    | {"data/val/a_val.csv": b"V,w,x,y,z,B\n", "data/README.txt": b"x"}, "w")
+    server.files["/data.tar"] = archive(
+        "w", {f"data/test/{n}_test.csv": r.encode() for n, r in rows.items()}
+        | {"data/val/a_val.csv": b"V,w,x,y,z,B\n", "data/README.txt": b"x"})
     main(mmlu, "--url", server.url + "/data.tar")
     four = [ids(f" {c}") for c in "wxyz"]
     assert examples(tmp_path / "mmlu" / "mmlu_test.bin") == [

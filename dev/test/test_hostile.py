@@ -2,20 +2,31 @@
 Files that are meant to do harm, or that no program of ours wrote: one clear line, bounded memory, nothing forged. What
 fuzz.py tries at random; here is one case of each kind that once fell.
 """
+import contextlib
 import gzip
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from fuzz_seeds import FORGED, SHAPE, archive, debug_json, debug_state, http, hugging_face, parquet, tiny_model
+from flaky_server import answering
+from fuzz_seeds import (
+    FORGED,
+    SHAPE,
+    archive,
+    debug_json,
+    debug_state,
+    evaluation_set,
+    http,
+    hugging_face,
+    parquet,
+    tiny_model,
+)
 from null_engine import NullEngine
 
 import test_gpt2
@@ -62,20 +73,6 @@ def model(tmp_path):
 def engine_of(path):
     config = model_config(str(path))
     return NullEngine(config, parameter_table(config))
-
-
-def write_set(path, *examples):
-    words = []
-    for index, (context, completions) in enumerate(examples):
-        example = [65535, 0, index, 0, len(completions), len(context), *context]
-        for completion in completions:
-            example += [len(completion), *completion]
-        example[1] = 2 * len(example) % 65536
-        words += example
-    header = np.zeros(256, "<i4")
-    header[:4] = 20240522, 1, len(examples), 0
-    path.write_bytes(header.tobytes() + np.array(words, "<u2").tobytes())
-    return str(path)
 
 
 def write_folder(folder, files):
@@ -236,7 +233,8 @@ def test_many_completions_are_not_one_batch(model, tmp_path):
             return super().forward(inputs, targets, train)
     config, rows, rng = model_config(str(model)), [], np.random.default_rng(0)
     completions = [rng.integers(0, 300, 1 + i % 5).tolist() for i in range(1000)]
-    examples = multiple_choice.read_examples(write_set(tmp_path / "e.bin", ([1, 2], completions)))
+    (tmp_path / "e.bin").write_bytes(evaluation_set(([1, 2], completions, 0)))
+    examples = multiple_choice.read_examples(str(tmp_path / "e.bin"))
     engine = Rows(config, parameter_table(config))
     engine.host("params").memory[:] = 0.1
     best = multiple_choice.answer(engine, *examples[0][:2])
@@ -258,9 +256,9 @@ def test_evaluation_sets_without_examples_or_with_unknown_tokens(train, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/hellaswag").mkdir(parents=True)
     path = tmp_path / multiple_choice.HELLASWAG
-    write_set(path)
+    path.write_bytes(evaluation_set())
     assert "hellaswag_val.bin has no examples" in train("-x 1 -v 1 -h 1", status=1)
-    write_set(path, ([1, 2], [[3], [4]]), ([1, 2], [[3], [300]]))
+    path.write_bytes(evaluation_set(([1, 2], [[3], [4]], 0), ([1, 2], [[3], [300]], 0)))
     assert "hellaswag_val.bin: example 1 has the token 300" in train("-x 1 -v 1 -h 1", status=1)
 
 
@@ -458,26 +456,8 @@ def test_vocabularies(tmp_path, change, words):
 @pytest.fixture
 def server():
     """server(bytes): the address of a server that answers every call with them"""
-    sockets = []
-
-    def server(answer):
-        listening = socket.create_server(("127.0.0.1", 0))
-        sockets.append(listening)
-
-        def serve():
-            while True:
-                try:
-                    connection, _ = listening.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(1 << 16)
-                    connection.sendall(answer)
-        threading.Thread(target=serve, daemon=True).start()
-        return f"http://127.0.0.1:{listening.getsockname()[1]}/x"
-    yield server
-    for listening in sockets:
-        listening.close()
+    with contextlib.ExitStack() as servers:
+        yield lambda answer: servers.enter_context(answering(answer)) + "/x"
 
 
 @pytest.mark.parametrize("head, body", [
