@@ -9,7 +9,9 @@ piece the first time in the ordinary way, the second time recorded as a CUDA gra
 import functools
 import importlib.util
 import math
+import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +55,18 @@ LAYER_PARAMS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
 PEAKS = {"H100 80GB HBM3": (989.4, 66.9), "H100 SXM": (989.4, 66.9), "H100 NVL": (835, 60), "H100 PCIe": (756, 51.2),
          "H200": (989.4, 66.9), "A100": (312, 19.5), "A10": (125, 31.2), "L40S": (362, 91.6), "L4": (121, 30.3),
          "RTX 4090": (165.2, 82.6), "RTX 3090": (71, 35.6), "B200": (2250, 75)}
+
+
+def in_background(function):
+    """A Future of what a function returns in a thread of its own, which ends with the program"""
+    def work():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+    future = Future()
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 class Loss:
@@ -190,6 +204,7 @@ class GPT2(Engine):
         self.block = width, min(8, 1024 // width)  # whole warps for a row's channels; rows
         self.memory, self.capacity, self.acts = None, 0, None
         self.plans, self.recompute = {}, 1
+        self.arriving, self.filled, self.trying = None, False, False  # about the first parameters
         blocks, maxT, L = 4 * self.gpu.multiprocessors, config.max_seq_len, config.num_layers
         OC = 4 * C
         sums = max(blocks * 3 * C, max(blocks * 256 + OC, OC))
@@ -226,25 +241,44 @@ class GPT2(Engine):
     # memory
 
     @functools.cached_property
-    def tensors(self):
+    def allocated(self):
         """{what: Views} of the parameters: those that products read, and the float32 ones that checkpoints hold"""
-        start, master = time.perf_counter(), self.new_tensors(F32)
-        host = Tensors(aligned(self.num_parameters), self.table)
-        self.weights(host)
-        self.gpu.send(master.memory, host.memory)
+        params = self.new_tensors(F32)
+        return {"params": params, "read": params if self.dtype == F32 else self.new_tensors(BF16)}
+
+    def first_weights(self):
+        """A Future of the first parameters in host memory: a thread reads or draws them, which takes seconds"""
+        def get():
+            host = Tensors(aligned(self.num_parameters), self.table)
+            self.weights(host)
+            return host.memory
+        self.arriving = self.arriving or in_background(get)
+        return self.arriving
+
+    def fill(self):
+        """Wait for the first parameters, where they are not there yet, and send them."""
+        if self.filled:
+            return
+        start = time.perf_counter()
+        self.gpu.send(self.allocated["params"].memory, self.first_weights().result())
+        self.filled, self.arriving = True, None
+        self.round()
         self.gpu.spent["weights"] += time.perf_counter() - start
-        read = master if self.dtype == F32 else self.new_tensors(BF16)
-        tensors = {"params": master, "read": read}
-        self.round(tensors)
-        return tensors
+
+    @property
+    def tensors(self):
+        """What is allocated, and holds the parameters; other numbers while prepare() tries kernels out"""
+        if not self.trying:
+            self.fill()
+        return self.allocated
 
     def new_tensors(self, dtype):
         size = self.num_parameters
         return Views(Buffer(self.gpu.allocate(size * dtype.itemsize), (size,), dtype), self.table)
 
-    def round(self, tensors):
+    def round(self):
         """Give products the present parameters to read."""
-        read, master = tensors["read"].memory, tensors["params"].memory
+        read, master = self.allocated["read"].memory, self.allocated["params"].memory
         if read is not master:
             self.gpu.launch(k.convert, -(-master.size // 2048), 256, read, master)
 
@@ -292,7 +326,7 @@ class GPT2(Engine):
         def needed(B, recompute):
             return sum(self.memory_plan(B, T, recompute, train).values())
         free, total = self.gpu.free_memory()
-        held = self.capacity + (self.held if "tensors" in vars(self) else 0)
+        held = self.capacity + (self.held if "allocated" in vars(self) else 0)
         if needed(B, recompute) <= free + held:
             return
         fits = next((b for b in range(B - 1, 0, -1) if needed(b, recompute) <= free + held), 0)
@@ -305,7 +339,7 @@ class GPT2(Engine):
     @property
     def held(self):
         """Bytes of the tensors that are allocated"""
-        return sum({id(views.memory): views.memory.nbytes for views in self.tensors.values()}.values())
+        return sum({id(views.memory): views.memory.nbytes for views in self.allocated.values()}.values())
 
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
@@ -314,20 +348,33 @@ class GPT2(Engine):
         self.recompute, start, before = recompute, time.perf_counter(), self.gpu.spent.total()
         plan = self.memory_plan(B, T, recompute, train)
         self.num_activations = sum(math.prod(shape) for _, shape, _ in self.activation_table(B, T, recompute, train))
-        self.activations(B, T, train)
-        tokens = np.zeros((B, T), np.int32)
-        for _ in range(2 if train else 1):  # compiles, chooses algorithms; the second time records graphs
-            self.forward(tokens, tokens, train)
-            if train:
-                self.backward()
-                self.forget()
-        self.gpu.synchronize()
+        self.try_out(B, T, train)
+        self.fill()
         spent = self.gpu.spent
         spent["first passes"] += time.perf_counter() - start - (spent.total() - before)
         parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent.items() if seconds >= 0.05)
         self.processes.print(f"GPU: ready after {spent.total():.1f} s" + (f": {parts}" if parts else ""))
         spent.clear()
         return plan
+
+    def try_out(self, B, T, train):
+        """Have kernels compiled and algorithms chosen for a batch. The first parameters come meanwhile: zeros do."""
+        if not self.filled:
+            self.first_weights()
+            self.gpu.zero(self.allocated["params"].memory)
+            self.round()
+        self.trying = not self.filled
+        try:
+            self.activations(B, T, train)
+            tokens = np.zeros((B, T), np.int32)
+            for _ in range(2 if train else 1):  # the second time records graphs
+                self.forward(tokens, tokens, train)
+                if train:
+                    self.backward()
+                    self.forget()
+            self.gpu.synchronize()
+        finally:
+            self.trying = False
 
     def activations(self, B, T, train):
         """The Buffers of a batch of (B, T), and its attention. What was allocated before is used where it is enough."""
@@ -633,7 +680,7 @@ class GPT2(Engine):
                 raise ValueError(f"{file.name}: truncated: it has fewer than {self.num_parameters:,} numbers for "
                                  f"{what}")
         if what == "params":
-            self.round(self.tensors)
+            self.round()
 
     def kernel_times(self, record):
         return self.gpu.timing(record)
