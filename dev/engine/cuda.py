@@ -193,6 +193,7 @@ class GPT2(Engine):
                              f"GPU\n---> HINT: at most {positions} do")
         self.weights, self.precision, self.tf32 = weights, precision or "bf16", bool(int(tf32))
         self.dtype = F32 if precision == "fp32" else BF16
+        self.first_weights, self.filled, self.trying = in_background(self.get_weights), False, False
         start = time.perf_counter()
         self.gpu = Gpu()
         if self.dtype == BF16 and self.gpu.capability < (8, 0):
@@ -204,7 +205,6 @@ class GPT2(Engine):
         self.block = width, min(8, 1024 // width)  # whole warps for a row's channels; rows
         self.memory, self.capacity, self.acts = None, 0, None
         self.plans, self.recompute = {}, 1
-        self.arriving, self.filled, self.trying = None, False, False  # about the first parameters
         blocks, maxT, L = 4 * self.gpu.multiprocessors, config.max_seq_len, config.num_layers
         OC = 4 * C
         sums = max(blocks * 3 * C, max(blocks * 256 + OC, OC))
@@ -246,22 +246,19 @@ class GPT2(Engine):
         params = self.new_tensors(F32)
         return {"params": params, "read": params if self.dtype == F32 else self.new_tensors(BF16)}
 
-    def first_weights(self):
-        """A Future of the first parameters in host memory: a thread reads or draws them, which takes seconds"""
-        def get():
-            host = Tensors(aligned(self.num_parameters), self.table)
-            self.weights(host)
-            return host.memory
-        self.arriving = self.arriving or in_background(get)
-        return self.arriving
+    def get_weights(self):
+        """The first parameters in host memory: read or drawn, which takes seconds"""
+        host = Tensors(aligned(self.num_parameters), self.table)
+        self.weights(host)
+        return host.memory
 
     def fill(self):
         """Wait for the first parameters, where they are not there yet, and send them."""
         if self.filled:
             return
         start = time.perf_counter()
-        self.gpu.send(self.allocated["params"].memory, self.first_weights().result())
-        self.filled, self.arriving = True, None
+        self.gpu.send(self.allocated["params"].memory, self.first_weights.result())
+        self.first_weights, self.filled = None, True
         self.round()
         self.gpu.spent["weights"] += time.perf_counter() - start
 
@@ -360,7 +357,6 @@ class GPT2(Engine):
     def try_out(self, B, T, train):
         """Have kernels compiled and algorithms chosen for a batch. The first parameters come meanwhile: zeros do."""
         if not self.filled:
-            self.first_weights()
             self.gpu.zero(self.allocated["params"].memory)
             self.round()
         self.trying = not self.filled
@@ -394,21 +390,33 @@ class GPT2(Engine):
             hs = self.config.channels // self.config.num_heads
             if self.attention_of(T) == "own":
                 squares = [getattr(acts, row[0]) for row in squares_table(self.config.num_heads, T, self.dtype)]
-                acts.attention = Attention(self.gpu, self.products, self.config.num_heads, T, hs, squares)
+                own = Attention(self.gpu, self.products, self.config.num_heads, T, hs, squares)
+                acts.attention = lambda: own
             else:
-                start = time.perf_counter()
-                from dev.engine import cudnn_attention
-                acts.attention = cudnn_attention.Attention(self.gpu, B, self.config.num_heads, T, hs, train)
-                self.gpu.spent["attention's plans"] += time.perf_counter() - start
+                acts.attention = self.cudnn_attention(B, T, hs, train)
             self.plans[key] = acts
         self.acts = self.plans[key]
         return self.acts
+
+    def cudnn_attention(self, B, T, hs, train):
+        """A function that returns cuDNN's attention, whose plans a thread makes until it is called"""
+        def make():
+            from dev.engine import cudnn_attention
+            return cudnn_attention.Attention(self.gpu, B, self.config.num_heads, T, hs, train)
+
+        @functools.cache
+        def wait():
+            start, attention = time.perf_counter(), made.result()
+            self.gpu.spent["attention's plans"] += time.perf_counter() - start
+            return attention
+        made = in_background(make)
+        return wait
 
     def free_activations(self):
         """Before a batch that needs more memory: nothing may use the old one, even where there is no more."""
         self.gpu.drop_graphs()
         for acts in self.plans.values():
-            acts.attention.free()
+            acts.attention().free()
         if self.memory is not None:
             self.gpu.free(self.memory)
         self.capacity, self.memory, self.acts, self.plans = 0, None, None, {}
@@ -474,7 +482,7 @@ class GPT2(Engine):
         acts, launch = self.acts, self.gpu.launch
 
         def attention(l, at):
-            self.gpu.call("attention_forward", acts.attention.forward, at.atty, at.lse, at.qkv)
+            self.gpu.call("attention_forward", acts.attention().forward, at.atty, at.lse, at.qkv)
         self.queue_blocks(attention)
         if not scored:
             return
@@ -574,7 +582,7 @@ class GPT2(Engine):
                                 add)
             product("attproj backward weight", by_weight, dw.attprojw, dresidual, at.atty, add)
             product("attproj backward", by_input, dbtc, dresidual, w.attprojw)
-            self.gpu.call("attention_backward", acts.attention.backward, dqkv, dbtc, at.atty, at.lse, at.qkv)
+            self.gpu.call("attention_backward", acts.attention().backward, dqkv, dbtc, at.atty, at.lse, at.qkv)
             self.bias_back(dw.qkvb, dqkv, add)
             if self.recompute >= 2:
                 self.layernorm(at.ln1, at.ln1_mean, at.ln1_rstd, inp, w.ln1w, w.ln1b)
@@ -658,7 +666,7 @@ class GPT2(Engine):
                 launch(k.attention_decode, NH, self.decoding, at.atty, at.qkv, keys, values, acts.place, C, hs,
                        np.float32(1 / math.sqrt(hs)), shared=shared)
             else:
-                acts.attention.forward(at.atty, at.lse, at.qkv)
+                acts.attention().forward(at.atty, at.lse, at.qkv)
         self.queue_blocks(attention)
 
     # what a checkpoint holds, and what a profile shows

@@ -8,7 +8,7 @@ from numba import prange
 
 from dev.run.compiling import cached, load_kernels
 
-CHUNK = 1 << 20  # numbers that are drawn at a time: memory for all of wte at once took half as long again
+CHUNK = 1 << 22  # numbers that are drawn at a time: memory for all of wte at once took half as long again
 LOW_24, UNIT = np.uint32(0xFFFFFF), np.float32(2**-24)
 
 
