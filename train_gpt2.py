@@ -49,7 +49,8 @@ from dev.run.processes import ALONE, processes_of
 from dev.run.random_weights import draw, init_random
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
-from dev.run.shard import DamagedBatch, Shard, is_order, shuffle
+from dev.run.shard import Shard, is_order, shuffle
+from dev.run.step import micro_batches, rescued
 from dev.run.stop import Stop
 from dev.run.text import Sampler, generate, tokenizer_for
 
@@ -1321,7 +1322,7 @@ class DataLoader:
         number = self.shard_order[index]
         if self.shard:
             self.shard.close()
-        self.shard = Shard(self.files[number], self.shard_tokens[number])
+        self.shard = Shard(self.files[number], self.shard_tokens[number], self.vocab_size)
         self.sample_order = range(self.samples_in(number))
         if self.random:
             self.sample_order = shuffle(np.arange(len(self.sample_order), dtype=np.int32), self.random)
@@ -1338,11 +1339,6 @@ class DataLoader:
         if not read:
             return None
         tokens = self.shard.read(start, self.B * self.T + 1).astype(np.int32)
-        if self.vocab_size and tokens.max() >= self.vocab_size:
-            where = int(tokens.argmax())
-            raise DamagedBatch(f"{self.shard.path}: token {tokens[where]} at position {start + where:,} is not in the "
-                               f"model's vocabulary of {self.vocab_size:,}\n---> HINT: were these shards made for "
-                               "another tokenizer, or is the file damaged?")
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
     def state(self):
@@ -1422,9 +1418,10 @@ def train(flags, processes=ALONE):
     def due(every):  # at the step of a checkpoint that is resumed, all but training was done before it was written
         return every and (run.step % every == 0 or run.step >= steps) and run.resumed != (run.step, True)
 
-    with report.profile(engine):
+    with report.profile(engine), rescued(run, output, report):
         for step in range(run.step, max(steps, run.step) + 1):
-            run.step, begun = step, step > 0 or steps == 0
+            run.begin(step)
+            begun = step > 0 or steps == 0
 
             # once in a while estimate the validation loss, and HellaSwag's accuracy; draw a text from the model
             with run.look():
@@ -1444,16 +1441,15 @@ def train(flags, processes=ALONE):
             if overfit:
                 loader.reset()
             losses = []
-            for micro_batch in range(flags.micro_batches):
-                batches = [loader.next_batch(rank == processes.rank) for rank in range(processes.size)]
-                losses.append(engine.forward(*batches[processes.rank]))
+            for micro_batch, batch in enumerate(micro_batches(flags, loader, stop)):
+                losses.append(engine.forward(*batch))
                 engine.backward(last=micro_batch == flags.micro_batches - 1)
             norm = engine.grad_norm()
             loss = processes.sum(sum(map(float, losses))) / (flags.micro_batches * processes.size)
             require_finite(step, loss, norm)
             learning_rate = scheduled_learning_rate(flags, step, steps)
-            skip = run.outliers.far(loss, norm)
-            if skip:
+            run.place = None  # from here on the weights, and what is known of losses, may be those of no step
+            if skip := run.outliers.far(loss, norm):
                 engine.forget()
             else:
                 engine.update(step, learning_rate, norm=norm, grad_clip=flags.grad_clip, beta1=flags.beta1,

@@ -52,12 +52,17 @@ class Run:
     changed: tuple = ()      # the settings that are others than that run's
     coins: int = None   # while validation and samples of this step are not over: the sampler's state before them
     resumed: tuple = None  # the step of the checkpoint that it goes on from, and whether they were over there
+    place: dict = None  # the loader's state at the step's beginning; None while an update changes the weights
 
     @property
     def tokens(self):
         """That it has been trained on before this step"""
         steps, tokens = self.earlier
         return tokens + (self.step - steps) * self.settings["-d"]
+
+    def begin(self, step):
+        """A step begins, to which a checkpoint goes back until its update"""
+        self.step, self.place = step, self.loader.state()
 
     @contextlib.contextmanager
     def look(self):
@@ -132,7 +137,7 @@ def pieces_of(engine):
 def write_run_checkpoint(folder, run, master=0):
     """Write all that a run needs to go on. master: 1 = its float32 weights are in the state files, as llm.c's are, and
     the model's file holds what products read."""
-    engine, state, processes = run.engine, run.loader.state(), run.engine.processes
+    engine, state, processes = run.engine, run.place, run.engine.processes
     done, model_path, state_path, run_path = checkpoint_files(folder, run.step, processes.rank)
     if processes.rank == 0:
         write_model(model_path, engine, 5 if master and engine.precision == "bf16" else 3)

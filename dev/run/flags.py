@@ -75,6 +75,7 @@ def parse_flags(argv):
     flag("--grad_clip", 0.0, "scale gradients down to this global norm, 0 = never")
     flag("-sl --skip_update_lossz", 0.0, "skip an update whose loss is so many standard deviations too high, 0 = never")
     flag("-sg --skip_update_gradz", 0.0, "the same for the gradient norm")
+    flag("--skip_bad", 0, "1: pass over batches that are damaged, instead of ending at the first one", choices=(0, 1))
     flag("-a --overfit_single_batch", 0, "1: train on the first validation batch only", choices=(0, 1))
     flag("-r --recompute", 1, "what the backward pass computes again: 1 GELU, 2 LayerNorm too", choices=(0, 1, 2))
     # once in a while

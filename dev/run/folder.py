@@ -85,6 +85,7 @@ class Output:
         self.logs = self.folder and run.engine.processes.rank == 0
         self.path = os.path.join(self.folder or "", "main.log")
         self.begun, self.waiting, self.full = False, b"", False  # what of the log is to be written; full: it could not
+        self.saved = run.resumed  # the step whose checkpoint is there, or was tried, and whether looks were over there
 
     def describe(self, steps):
         """Lines that say what will become of the run in the folder; steps: the run's, in all"""
@@ -127,10 +128,14 @@ class Output:
         """Is there something that a checkpoint would save? Not where one was just resumed, nor before the first step in
         the place of an old run."""
         new = self.begun or self.run.resumed or not complete_checkpoints(self.folder)
-        return bool(new) and self.run.resumed != (self.run.step, True)
+        return bool(new) and self.unsaved()
+
+    def unsaved(self):
+        return self.saved != (self.run.step, self.run.coins is None)
 
     def save(self):
         """Write a checkpoint; returns the seconds that it took."""
+        self.saved = self.run.step, self.run.coins is None
         self.begin()
         self.run.engine.processes.any(False)  # no process writes before the first one has removed what is old
         return save(self.flags, self.run)

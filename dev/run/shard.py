@@ -23,12 +23,12 @@ def read_shard_header(file, path):
 
 
 class Shard:
-    """A shard that is open. tokens: how many it had when the run began
+    """A shard that is open. tokens: how many it had when the run began; vocab_size: one beyond it is damage
 
     Raises ValueError where it is none, or has become another one."""
 
-    def __init__(self, path, tokens):
-        self.path, self.tokens, self.changed = path, tokens, None
+    def __init__(self, path, tokens, vocab_size=None):
+        self.path, self.tokens, self.vocab_size, self.changed = path, tokens, vocab_size, None
         self.file = open(path, "rb", 0)
         self.look()
 
@@ -47,7 +47,7 @@ class Shard:
 
     def read(self, start, count):
         """`count` tokens from the one at position `start`, uint16. Raises DamagedBatch where the disk cannot read them,
-        ValueError where the file is not the same any more."""
+        or where they are no tokens of the model; ValueError where the file is not the same any more."""
         try:
             self.look()
             self.file.seek(HEADER_BYTES + 2 * start)
@@ -57,7 +57,13 @@ class Shard:
                                f"{HINT}") from error
         if len(data) < 2 * count:
             raise ValueError(f"{self.path}: cut short: it ends before token {start + count:,}\n{HINT}")
-        return np.frombuffer(data, np.uint16)
+        tokens = np.frombuffer(data, np.uint16)
+        if self.vocab_size and tokens.max() >= self.vocab_size:
+            where = int(tokens.argmax())
+            raise DamagedBatch(f"{self.path}: token {tokens[where]} at position {start + where:,} is not in the "
+                               f"model's vocabulary of {self.vocab_size:,}\n---> HINT: were these shards made for "
+                               "another tokenizer, or is the file damaged?")
+        return tokens
 
     def close(self):
         self.file.close()

@@ -38,7 +38,7 @@ class Stop:
             sys.exit(130)
         if not self.requested:
             with contextlib.suppress(OSError):  # nobody may be there to read it; print() may be at work on its buffer
-                os.write(2, b"\nstopping after this step (once more: at once)\n")
+                os.write(2, b"\nstopping after this batch (once more: at once)\n")
         self.requested = self.checkpoint = True
 
     def warn(self, number, frame):
@@ -52,11 +52,12 @@ class Stop:
             self.requested = True
         return self.requested
 
-    def asked(self):
-        """(stop, checkpoint): what any of the processes has been asked for. Who asks has to see to the checkpoint."""
+    def asked(self, *more):
+        """(stop, checkpoint): what any of the processes has been asked for. Who asks has to see to the checkpoint.
+        more: what else may be so in this process; what follows is whether it is in any of them."""
         stopping = self.found()
         saving, self.checkpoint = self.checkpoint, False
-        return self.processes.sum(np.array([stopping, saving], np.int64)) > 0
+        return self.processes.sum(np.array([stopping, saving, *more], np.int64)) > 0
 
     def during(self, items):
         """The items, one after another, with a checkpoint in between where one has been asked for. Raises CutShort

@@ -151,7 +151,7 @@ def really_train(flags, out, monkeypatch, capfd):
         got = train_gpt2.main(arguments if "-o" in arguments else [*arguments, "-o", str(out)])
         printed, errors = capfd.readouterr()
         assert got == status, errors
-        notice = "\nstopping after this step (once more: at once)\n" if stopped else ""
+        notice = "\nstopping after this batch (once more: at once)\n" if stopped else ""
         assert errors == notice if status == 0 else re.fullmatch(r"error: .*\n(---> HINT: .*\n)*", errors), errors
         return printed + (errors if status else "")
     return train

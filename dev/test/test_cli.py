@@ -136,7 +136,7 @@ def test_interrupt_stops_after_the_step(python, tiny, text, pause):
     time.sleep(pause)
     run.send_signal(signal.SIGINT)
     out, err = out + run.stdout.read(), run.stderr.read()
-    assert run.wait(100) == 0 and err == "\nstopping after this step (once more: at once)\n", err
+    assert run.wait(100) == 0 and err == "\nstopping after this batch (once more: at once)\n", err
     steps = STEP.findall(out)
     assert [int(step) for step, *_ in steps] == list(range(len(steps)))
     assert re.search(rf"^steps: {len(steps)}\ntokens: {16 * len(steps)}\n(.*\n)*peak memory: .*\n\Z", out, re.MULTILINE)

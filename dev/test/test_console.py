@@ -46,7 +46,7 @@ def test_a_reader_that_dies_before_the_run(python, given, out):
     before = steps_in(out)
     wait_for(lambda: steps_in(out) > before + 20, run)
     run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 0 and run.stderr.read() == "\nstopping after this step (once more: at once)\n"
+    assert run.wait(60) == 0 and run.stderr.read() == "\nstopping after this batch (once more: at once)\n"
     assert complete(out) == [steps_in(out)]
 
 

@@ -26,7 +26,7 @@ def listening():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, SIGHUP])
 @pytest.mark.parametrize("owner, name, call, step", [
-    (NullEngine, "backward", 8, 4), (NullEngine, "backward", 1, 1), (train_gpt2, "validate", 2, 5),
+    (NullEngine, "backward", 8, 4), (NullEngine, "backward", 1, 0), (train_gpt2, "validate", 2, 5),
     (Report, "sample", 1, 3), (os, "replace", 2, 4), (Output, "log", 1, 0), (NullEngine, "backward", 24, 12),
 ])
 def test_interrupted_run_goes_on(train, out, tmp_path, monkeypatch, number, owner, name, call, step):
@@ -217,6 +217,6 @@ def test_a_stop_of_a_model_that_has_diverged(train, out, monkeypatch):
         update(engine, step, *args, **more)
         engine.host("params").memory[:] *= 1 if step < 4 else np.nan
     monkeypatch.setattr(NullEngine, "update", diverge)
-    with pytest.raises(AssertionError, match="stopping after this step.*\n.*error: step 5: not all of params"):
+    with pytest.raises(AssertionError, match="stopping after this batch.*\n.*error: step 5: not all of params"):
         train("-x 9 -n 2 -nk 1", stopped=True)
     assert complete(out) == [4]
