@@ -26,10 +26,11 @@ def micro_batches(flags, loader, stop):
     processes, left, in_a_row = stop.processes, flags.micro_batches, 0
     while left:
         batch = problem = None
-        try:
-            batch = [loader.next_batch(rank == processes.rank) for rank in range(processes.size)][processes.rank]
-        except BAD_INPUT as error:
-            problem = error
+        for rank in range(processes.size):  # every process passes over the others', also where its own is damaged
+            try:
+                batch = loader.next_batch(rank == processes.rank) or batch
+            except BAD_INPUT as error:
+                problem = error
         bad = isinstance(problem, DamagedBatch)
         stopping, saving, damaged, lost = stop.asked(bad, problem is not None and not bad)
         if (stopping or saving) and stop.write(stopping, saving):

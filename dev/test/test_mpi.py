@@ -472,6 +472,60 @@ folder.remove_temporary, os.replace = slow_remove, slow_replace
     assert sorted(path.name for path in out.glob("DONE*")) == ["DONE_00000000", "DONE_00000002"]
 
 
+AT_BATCH = """
+calls, backward = [0], train_gpt2.GPT2.backward
+def counted(engine, last=True):
+    if engine.processes.size > 1:  # not what compiles
+        calls[0] += 1
+        if rank == {rank} and calls[0] == {number}:
+            {act}
+    backward(engine, last)
+train_gpt2.GPT2.backward = counted
+import atexit
+atexit.register(lambda: print(f"rank {{rank}}: {{calls[0]}} micro-batches", flush=True))
+"""
+
+
+@pytest.mark.parametrize("rank, number, step", [(1, 6, 1), (0, 7, 1), (2, 8, 2)])
+def test_a_stop_drops_a_step_in_all(run, out, tmp_path, rank, number, step):
+    """Four micro-batches a step: no process begins another one, and the run goes on as if it had not stopped."""
+    text = f"-x 4 -n 4 -v 2 -m 3 -d {4 * 3 * B * T}"
+    run(3, f"{text} -o {tmp_path / 'whole'}")
+    stopped = run(3, text, AT_BATCH.format(rank=rank, number=number, act=TERM))
+    assert sorted(re.findall(r"rank \d: (\d+) micro-batches", stopped)) == [str(number)] * 3
+    assert [path.name for path in out.glob("DONE*")] == [f"DONE_{step:08d}"]
+    run(3, f"{text} -y 1")
+    whole = contents(tmp_path / "whole")
+    assert {name: contents(out)[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_that_is_damaged_in_one_process(run, out, tmp_path, make_shard, rng, rank):
+    """All know of it: they save what was trained, and the one that met it says so; or all pass over it together."""
+    tokens = rng.integers(0, 300, 321)
+    tokens[192] = tokens[224]  # what the sixth batch of all is to predict at its end
+    sound = make_shard(tmp_path / "sound.bin", np.concatenate([tokens[:192], tokens[224:]]))
+    tokens[192 + rank * B * T + 3] = 300  # in the seventh
+    bad = make_shard(tmp_path / "bad.bin", tokens)
+    order = "train_gpt2.shuffle = lambda items, random: items\n"  # as they lie there
+    text = "-x 4 -n 100 -d 64"
+    error = run(2, f"{text} -i {bad}", order, status=None)
+    assert error.count("error: ") == 1 and "bad.bin: token 300 at position" in error and "--skip_bad 1" in error
+    assert "checkpoint of step 3 written" in error and (out / "DONE_00000003").exists()
+    went_on = run(2, f"{text} -i {bad} -y 1 --skip_bad 1", order)
+    assert went_on.count("passed over: ") == 1 and "bad.bin: token 300" in went_on
+    expected = losses(run(2, f"{text} -i {sound} -o {tmp_path / 'sound'}", order))
+    assert (losses(went_on) == expected[:, 3:]).all()
+    assert (losses(run(2, f"{text} -i {bad} -o {tmp_path / 'anew'} --skip_bad 1", order)) == expected).all()
+
+
+def test_an_error_in_one_process_saves_nothing(run, out):
+    """The others are somewhere else: there is no checkpoint to which all could add their part."""
+    fault = AT_BATCH.format(rank=1, number=5, act="raise ValueError('a fault')")
+    assert "error: a fault" in run(2, "-x 9 -n 3", fault, status=None)
+    assert [path.name for path in out.glob("DONE*")] == ["DONE_00000003"]
+
+
 @pytest.mark.parametrize("script, launcher, arguments, number", [
     ("mpirun_124M.sh", "mpirun", ["a,b,c"], 3), ("slurm_124M.sh", "srun", [], 4),
 ])
