@@ -34,7 +34,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from dev.run.checkpoints import Run, newest_checkpoint, read_run_checkpoint, weights_of
+from dev.run.checkpoints import Run, newest_checkpoint, part_of, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
@@ -1383,7 +1383,7 @@ def train(flags, processes=ALONE):
     """Train a model as the flags say: once in a while estimate how good it is, let it write, save it; then a step."""
     B, T, folder, report = flags.batch_size, flags.sequence_length, flags.output_dir, Report(flags, processes)
     resume_step, checkpoint = newest_checkpoint(folder) if flags.resume else (None, None)
-    with weights_of(folder, checkpoint):
+    with part_of(folder, checkpoint):
         model = choose_data(flags, checkpoint or flags.model)
         engine = build(model, flags.device, flags.precision, processes, **flags.options)
     report.program(engine)
@@ -1401,7 +1401,7 @@ def train(flags, processes=ALONE):
                     validation_tokens=val_loader.num_tokens, examples=len(examples))
 
     # the model, and where it left off
-    with weights_of(folder, checkpoint):  # which are read when they are first needed
+    with part_of(folder, checkpoint):  # which are read when they are first needed
         report.model(engine, engine.prepare(B, T, flags.recompute), loader, val_loader)
         run = Run(engine, loader, sampler, Outliers(flags.skip_update_lossz, flags.skip_update_gradz), flags.settings)
         if resume_step is not None:

@@ -2,8 +2,8 @@
 Checkpoints, from which a run goes on as if it had never stopped.
 
 A checkpoint is model_*.bin, state_*.bin (AdamW's moments, where the data loader is) and DONE_*, in llm.c's formats, and
-run_*.json, which is ours. DONE_* is written last and removed first: where it is, all are complete. Of several
-processes the first writes them; the others write a state_*.bin each.
+run_*.json, which is ours and has their checksums. DONE_* is written last and removed first: where it is, all are
+complete. Of several processes the first writes them; the others write a state_*.bin each.
 """
 import contextlib
 import glob
@@ -25,6 +25,7 @@ from dev.run.files import (
     STATE_MAGIC,
     new_header,
     read_header,
+    sum_of,
     sync_folder,
     to_bfloat16,
     write_file,
@@ -35,7 +36,7 @@ from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
 RUN = {"tokens_per_batch": int, "shard_tokens": [int], "windows": [[float], [float]], "zero_stage?": int,
-       "model?": str, "coins?": int, "flags?": {"-e?": str}, "tokens?": int}  # what a run_*.json says
+       "model?": str, "coins?": int, "flags?": {"-e?": str}, "tokens?": int, "sums?": {str: int}}  # in a run_*.json
 ANEW = "begin anew with --overwrite 1 instead of -y 1"  # the end of hints
 
 
@@ -109,9 +110,9 @@ def way_back(folder):
 
 
 @contextlib.contextmanager
-def weights_of(folder, path):
-    """A context in which the weights `path` are read. An error in those of a checkpoint (None: they are of none) says
-    how to go on without them."""
+def part_of(folder, path):
+    """A context in which a file of the newest checkpoint is read, the weights or a state: an error in it says how to go
+    on without that. None: it is a file of none"""
     try:
         yield
     except ValueError as error:
@@ -122,9 +123,9 @@ def weights_of(folder, path):
 
 def write_model(path, engine, version=3):
     """Write an engine's parameters, in version 5 rounded to bfloat16. What was at `path` stays until the new one is
-    there."""
+    there. Returns its checksum."""
     memory = engine.host("params").memory
-    write_file(path, model_header(engine.config, version), memory if version == 3 else to_bfloat16(memory))
+    return write_file(path, model_header(engine.config, version), memory if version == 3 else to_bfloat16(memory))
 
 
 def pieces_of(engine):
@@ -139,20 +140,23 @@ def write_run_checkpoint(folder, run, master=0):
     the model's file holds what products read."""
     engine, state, processes = run.engine, run.place, run.engine.processes
     done, model_path, state_path, run_path = checkpoint_files(folder, run.step, processes.rank)
+    sums = np.zeros(processes.size + 1, np.int64)  # of each process's state, and of the model
     if processes.rank == 0:
-        write_model(model_path, engine, 5 if master and engine.precision == "bf16" else 3)
+        sums[-1] = write_model(model_path, engine, 5 if master and engine.precision == "bf16" else 3)
     header = new_header(STATE_MAGIC, 1, processes.size, processes.rank, master, "generator" in state)
     header[10] = run.step
     header[20:24].view(np.uint64)[:] = run.sampler.state if run.coins is None else run.coins
     header[30:34].view(np.uint64)[:] = state["shard_index"], state["sample_index"]
     weights = [piece for _, pieces in pieces_of(engine) for piece in pieces] if master else []
-    write_file(state_path, header, engine.host("m").memory, engine.host("v").memory, *weights, *pack_order(state))
+    moments = engine.host("m").memory, engine.host("v").memory
+    sums[processes.rank] = write_file(state_path, header, *moments, *weights, *pack_order(state))
+    names = [checkpoint_files(folder, run.step, rank)[2] for rank in range(processes.size)] + [model_path]
+    sums = processes.sum(sums).tolist()  # so every process has written its state
     more = {"tokens_per_batch": run.loader.B * run.loader.T, "shard_tokens": run.loader.shard_tokens,
             "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage,
-            "flags": run.settings, "tokens": run.tokens}
+            "flags": run.settings, "tokens": run.tokens, "sums": dict(zip(map(os.path.basename, names), sums))}
     if run.coins is not None:
         more["coins"] = run.coins
-    processes.any(False)  # every process has written its state
     if processes.rank == 0:
         write_file(run_path, np.frombuffer(json.dumps(more).encode(), np.uint8))
         write_file(done)
@@ -185,10 +189,10 @@ def choose_state(folder, step, saved_stage, processes):
     """The path of the state file from which this process goes on: its own, or, where the run had another number of
     processes, the first one's, which has all moments and the same place in the data. ValueError where it has not."""
     first, own = (checkpoint_files(folder, step, rank)[2] for rank in (0, processes.rank))
-    with open(first, "rb") as file:
+    with part_of(folder, first), open(first, "rb") as file:
         count = int(read_header(file, first, STATE_MAGIC, (1,))[2])
-    if count < 1:
-        raise ValueError(f"{first}: damaged: its header says {count} processes")
+        if count < 1:
+            raise ValueError(f"{first}: damaged: its header says {count} processes")
     same = count == processes.size
     if saved_stage != processes.zero_stage and count > 1 or processes.zero_stage and not same:
         raise ValueError(f"{first}: a run of {count} processes with -z {saved_stage} left off here; these are "
@@ -209,12 +213,14 @@ def read_run_checkpoint(folder, step, run):
     stage = more.get("zero_stage", processes.zero_stage)
     fit = f"---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or {ANEW}"
     state_path = choose_state(folder, step, stage, processes)
+    check_sums(folder, more.get("sums", {}), model_path, state_path)
     with open(state_path, "rb") as file:
         header = read_header(file, state_path, STATE_MAGIC, (1,))
         rest = os.path.getsize(state_path) - HEADER_BYTES - (12 if header[4] else 8) * engine.host("m").memory.size
         if header[10] != step or rest < 0:
             raise ValueError(f"{state_path}: its header says step {header[10]}, {header[2]} processes; it has "
-                             f"{max(0, -rest)} bytes too few for {engine.num_parameters:,} parameters\n{fit}")
+                             f"{max(0, -rest)} bytes too few for {engine.num_parameters:,} parameters\n{fit}\n"
+                             f"{way_back(folder)}")
         engine.load("m", file)
         engine.load("v", file)
         if header[4]:  # float32 weights, where the model's file may hold bfloat16
@@ -235,8 +241,8 @@ def read_run_checkpoint(folder, step, run):
         if header[2] > 1 and not os.path.exists(run_path):
             fit = ("---> HINT: llm.c shuffles each process's batches in its own way: "
                    f"-e {model_path} begins a new run with its weights")
-        raise ValueError(f"{state_path}: {error}\n{fit}") from error
-    hint = f"---> HINT: remove {done}: then -y 1 goes on from before it"
+        raise ValueError(f"{state_path}: {error}\n{fit}\n{way_back(folder)}") from error
+    hint = way_back(folder)
     require_sound(run, f"{model_path}, {state_path}", hint)
     run.sampler.state = int(header[20:22].view(np.uint64)[0])
     if not run.sampler.state:
@@ -248,6 +254,16 @@ def read_run_checkpoint(folder, step, run):
     run.settings["-e"] = before["-e"]
     run.step, run.resumed = step, (step, "coins" not in more)
     run.earlier = step, more.get("tokens", step * run.settings["-d"])
+
+
+def check_sums(folder, sums, *paths):
+    """ValueError where a file of the newest checkpoint is not what was written there. sums: {name: checksum}; llm.c's
+    checkpoints, and ours of old, have none."""
+    for path in paths:
+        written = sums.get(os.path.basename(path))
+        if written is not None and (found := sum_of(path)) != written:
+            raise ValueError(f"{path}: damaged, or changed since it was written: its checksum is {found:08x}, it was "
+                             f"{written & 0xFFFFFFFF:08x}\n{way_back(folder)}")
 
 
 def load_weights(engine, file):

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import zlib
 
 import numpy as np
 
@@ -171,13 +172,26 @@ class NewFile:
 
 
 def write_file(path, *arrays):
-    """Write a file of these arrays, in one go."""
+    """Write a file of these arrays, in one go. Returns its checksum, see sum_of()"""
+    total = 0
     try:
         with NewFile(path) as file:
-            file.writelines(memoryview(array).cast("B") for array in arrays)
+            for data in (memoryview(array).cast("B") for array in arrays):
+                file.write(data)
+                total = zlib.crc32(data, total)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}\n---> HINT: what was there before is unchanged; free "
                       "some space or name another folder, then go on (-y 1: from the last checkpoint)") from error
+    return total
+
+
+def sum_of(path):
+    """A file's checksum, CRC-32, which flipped bits change: 2.7 GB/s, where blake2b takes in 1.0 and sha256 1.6"""
+    total = 0
+    with open_file(path) as file:
+        while data := file.read(1 << 22):
+            total = zlib.crc32(data, total)
+    return total
 
 
 def sync_folder(folder):

@@ -236,4 +236,9 @@ def seeds_of(name):
     model = name in ("shard", "model", "evaluation set", "tokenizer.bin", "tokenizer.json", "vocab.json", "merges.txt",
                      "generation_config.json", "tokenizer_config.json") or group in ("debug", "run")
     files = {"model.bin": tiny_model(3, *SHAPE), "shard.bin": shard()} if model else {}
-    return files | FILES.get(group, dict)()
+    files |= FILES.get(group, dict)()
+    if name in ("state", "run's model"):  # without checksums, by which every change would be refused before it is read
+        path = "run/run_00000002.json"
+        said = json.loads(files[path])
+        files[path] = json.dumps({key: said[key] for key in said if key != "sums"}).encode()
+    return files

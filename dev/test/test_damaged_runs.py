@@ -1,7 +1,9 @@
 """Checkpoints of a run that are damaged, or that belong to another model or to other data."""
 import itertools
+import json
 import shutil
 import struct
+import zlib
 
 import pytest
 from null_engine import NullEngine
@@ -32,6 +34,15 @@ def damage(path, size=None, **words):
     path.write_bytes(content)
 
 
+def forget_sums(folder):
+    """Take the checksums out of a folder's run_*.json, as those of old have none."""
+    for path in folder.glob("run_*.json"):
+        said = json.loads(path.read_text())
+        del said["sums"]
+        path.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("sums", [True, False])
 @pytest.mark.parametrize("name, size", [
     *itertools.product(["model_00000004.bin"], [0, 1000, 1024, 50_000, -1]),
     *itertools.product(["state_00000004_00000.bin"],
@@ -39,8 +50,10 @@ def damage(path, size=None, **words):
     *itertools.product(["run_00000004.json"], [0, 1, 30, -1]),
     ("model_00000004.bin", 1025 + 4 * N), ("state_00000004_00000.bin", 400_000),
 ])
-def test_truncated_checkpoints(train, refused, out, name, size):
+def test_truncated_checkpoints(train, refused, out, name, size, sums):
     train("-x 4 -n 2")
+    if not sums:
+        forget_sums(out)
     damage(out / name, size)
     refused("", name)
 
@@ -52,15 +65,70 @@ def test_done_without_its_files(train, refused, out, name):
     refused("", name)
 
 
+@pytest.mark.parametrize("sums", [True, False])
 @pytest.mark.parametrize("words", [
     {"at_0": 20240326}, {"at_4": 2}, {"at_8": 0}, {"at_16": 1}, {"at_20": 0}, {"at_40": 5}, {"at_120": 4},
     {"at_124": 1}, {"at__2512": 0}, {"at__2508": 1}, {"at__2508": 700}, {"at__2508": 2**31}, {"at__2524": 1000},
-    {"at__2524": 2**32 - 1},
+    {"at__2524": 2**32 - 1}, {"at_80": 0, "at_84": 0}, {"at_128": 100}, {"at_132": 1}, {"at_128": 2**32 - 1},
 ])
-def test_damaged_states(train, refused, out, words):
+def test_damaged_states(train, refused, out, words, sums):
+    """Also a sampler's state of 0, at 80, and samples beyond the shard, at 128: without sums they are seen, too."""
     train("-x 4 -n 2")
+    if not sums:
+        forget_sums(out)
     damage(out / "state_00000004_00000.bin", **words)
-    refused("", "state_00000004_00000.bin")
+    refused("", "state_00000004_00000.bin", "DONE_00000004: then -y 1 goes on from step 2")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checksums
+
+@pytest.mark.parametrize("engine", ["train", "really_train"])
+@pytest.mark.parametrize("name, at", [
+    *itertools.product(["model_00000004.bin"], [8, 900, 1024, 1024 + 4 * N - 1]),
+    *itertools.product(["state_00000004_00000.bin"], [600, 1024, 1024 + 4 * N, 1024 + 8 * N - 1, -1, -600])])
+def test_a_bit_is_flipped(request, engine, refused, out, name, at):
+    """in weights, moments, the order of batches: nothing else would notice. The checkpoint before it is sound."""
+    train = request.getfixturevalue(engine)
+    train("-x 4 -n 2")
+    data = bytearray((out / name).read_bytes())
+    data[at] ^= 1
+    (out / name).write_bytes(data)
+    words = [] if at == 8 else ["damaged, or changed since it was written"]  # the longest sequence
+    refused("", f"error: {out / name}", f"remove {out / 'DONE_00000004'}: then -y 1 goes on from step 2", *words)
+    (out / "DONE_00000004").unlink()
+    assert ", step 2 of 9" in train("-x 9 -n 2 -y 1")
+
+
+def test_sums_are_those_of_the_files(train, out):
+    train("-x 4 -n 2 -v 2")
+    sums = json.loads((out / "run_00000004.json").read_text())["sums"]
+    names = "state_00000004_00000.bin", "model_00000004.bin"
+    assert sums == {name: zlib.crc32((out / name).read_bytes()) for name in names}
+
+
+@pytest.mark.parametrize("sums", ["3", "[]", '{"model_00000004.bin": "7"}', '{"model_00000004.bin": -1}',
+                                  '{"state_00000004_00000.bin": 1e999}', '{"model_00000004.bin": 99999999999}'])
+def test_sums_that_are_none(train, refused, out, sums):
+    train("-x 4 -n 2")
+    forget_sums(out)
+    path = out / "run_00000004.json"
+    path.write_text(path.read_text()[:-1] + f', "sums": {sums}}}')
+    refused("", "_00000004")
+
+
+def test_checkpoints_of_old(train, out, tmp_path):
+    """have no sums, and are read"""
+    train(f"-x 9 -n 2 -o {tmp_path / 'whole'}")
+    train("-x 4 -n 2")
+    forget_sums(out)
+    train("-x 9 -n 2 -y 1")
+    assert {**contents(out), "run_00000002.json": 0, "run_00000004.json": 0} == {
+        **contents(tmp_path / "whole"), "run_00000002.json": 0, "run_00000004.json": 0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other models, other data
 
 
 @pytest.mark.parametrize("text", [
@@ -98,6 +166,8 @@ def test_state_of_another_model(train, refused, out, tmp_path, overfit, shape):
     write_model(str(tmp_path / "other.bin"), NullEngine(config, train_gpt2.parameter_table(config)))
     train(f"-x 4 -n 2 -a {overfit}")
     shutil.copy(tmp_path / "other.bin", out / "model_00000004.bin")
+    refused(f"-a {overfit}", "model_00000004.bin: damaged, or changed", "HINT")
+    forget_sums(out)
     refused(f"-a {overfit}", "state_00000004_00000.bin", "HINT")
 
 
