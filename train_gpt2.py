@@ -15,6 +15,7 @@ What it deliberately is not: a framework. There is no autograd (the backward pas
     python train_gpt2.py --help                      the flags
     OMP_NUM_THREADS=8 python train_gpt2.py -b 8      threads, batch size
 """
+import dev.run  # isort: skip  # noqa: F401  first: it says which package is missing, and answers Ctrl-C meanwhile
 import contextlib
 import functools
 import importlib
@@ -25,7 +26,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import dev.run  # isort: skip  # noqa: F401  before the packages: it says which of them is missing
 import numba
 import numpy as np
 from llvmlite import ir

@@ -1,10 +1,35 @@
 """
 What surrounds a run and knows no kernel; a part of the program.
 
-Where one of the packages that it needs is missing, importing it says so in one line.
+Where one of the packages that it needs is missing, importing it says so in one line; and so does Ctrl-C while a program
+of the project is still importing.
 """
 import importlib.util
+import os
+import signal
 import sys
+import threading
+
+TOP = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
+
+
+def interrupted(number, frame):
+    """KeyboardInterrupt; but one line and the end, where an import of the main program's is under way: it has begun
+    nothing, and an exception would be a traceback, or lost where C calls Python."""
+    inner = None
+    while frame:
+        is_main = frame.f_globals.get("__name__") == "__main__" and frame.f_code.co_name == "<module>"
+        if is_main and inner and "importlib" in inner.f_code.co_filename:
+            os.write(2, b"stopped\n")
+            os._exit(130)
+        inner, frame = frame, frame.f_back
+    raise KeyboardInterrupt
+
+
+if (os.path.realpath(getattr(sys.modules["__main__"], "__file__", "")).startswith(f"{TOP}{os.sep}")
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, interrupted)
 
 MISSING = [name for name in ("numpy", "numba", "tiktoken", "requests") if importlib.util.find_spec(name) is None]
 if MISSING:

@@ -1,14 +1,17 @@
 """
 Compiled kernels: Numba's threads, its cache on disk, and having all kernels compiled before a run.
 """
+import contextlib
 import functools
 import glob
 import os
 import pickle
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 
 import numba
 from numba.core import event
@@ -119,6 +122,7 @@ def load_kernels(run, precision="fp32", processes=ALONE):
     """
     if numba.config.DISABLE_JIT:
         return None
+    run = held(run)
     with processes.first():
         try:
             with event.install_listener("numba:compile", Refusal()):
@@ -142,12 +146,42 @@ def load_kernels(run, precision="fp32", processes=ALONE):
             return run(precision)
 
 
+def held(run):
+    """A function that does what run() does. Ctrl-C that comes meanwhile comes at its end, since an exception is lost in
+    a callback of the compiler; twice it ends the program at once."""
+    @functools.wraps(run)
+    def call(*args):
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+            return run(*args)
+
+        def hold(number, frame):
+            if came:
+                os._exit(130)
+            came.append(number)
+        came, before = [], signal.signal(signal.SIGINT, hold)
+        try:
+            return run(*args)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if came:
+                signal.raise_signal(signal.SIGINT)
+    return call
+
+
+# A process that compiles ends with the one that it does that for, which holds the other end of its standard input, and
+# at once with Ctrl-C.
+LISTEN = ("import os, signal, sys, threading; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+          "threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start(); ")
+
+
 def compile_apart(run, precision):
     """Have run(precision, first) compile in two processes, which begin with different kernels."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     module = "train_gpt2" if run.__module__ == "__main__" else run.__module__
-    command = f"import sys; sys.path.insert(0, {root!r}); from {module} import {run.__name__} as run"
-    commands = [f"{command}; run({precision!r}, {first})" for first in (False, True)]
-    compilers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for code in commands]
-    for compiler in compilers:
-        compiler.wait()
+    command = f"{LISTEN}sys.path.insert(0, {root!r}); from {module} import {run.__name__} as run"
+    with contextlib.ExitStack() as stack:  # at its end what still compiles loses its standard input
+        compilers = [stack.enter_context(subprocess.Popen(
+            [sys.executable, "-c", f"{command}; run({precision!r}, {first})"], stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)) for first in (False, True)]
+        for compiler in compilers:
+            compiler.wait()
