@@ -1316,15 +1316,15 @@ class DataLoader:
             shuffle(self.shard_order, self.random)
         self.open_shard(0)
 
-    def open_shard(self, index):
-        """Go to the start of the shard that is number `index` in this epoch"""
+    def open_shard(self, index, order=None):
+        """Go to the start of the shard that is number `index` in this epoch. order: of its samples; None: a new one"""
         self.shard_index, self.sample_index = index, 0
         number = self.shard_order[index]
         if self.shard:
             self.shard.close()
         self.shard = Shard(self.files[number], self.shard_tokens[number], self.vocab_size)
-        self.sample_order = range(self.samples_in(number))
-        if self.random:
+        self.sample_order = range(self.samples_in(number)) if order is None else order
+        if self.random and order is None:
             self.sample_order = shuffle(np.arange(len(self.sample_order), dtype=np.int32), self.random)
 
     def next_batch(self, read=True):
@@ -1359,9 +1359,8 @@ class DataLoader:
         if not fits or shuffled and not is_order(state["sample_order"], samples) or state["sample_index"] > samples:
             raise ValueError("the order of its batches, or its place in it, is not one of this data")
         self.shard_order = order
-        self.open_shard(index)
+        self.open_shard(index, state.get("sample_order"))
         if shuffled:
-            self.sample_order = state["sample_order"]
             self.random.set_state(("MT19937", *state["generator"]))
         self.sample_index = state["sample_index"]
 

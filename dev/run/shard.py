@@ -71,7 +71,11 @@ class Shard:
 
 def is_order(numbers, count):
     """Are they 0 … count - 1, in any order?"""
-    return np.array_equal(np.sort(numbers), np.arange(count))
+    numbers, seen = np.asarray(numbers), np.zeros(count, bool)
+    if len(numbers) != count or count and not 0 <= numbers.min() <= numbers.max() < count:
+        return False
+    seen[numbers] = True
+    return bool(seen.all())
 
 
 def shuffle(items, random):

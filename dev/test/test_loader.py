@@ -1,12 +1,14 @@
 """The order of batches against formulas.py's; shards of any size; shards that are damaged."""
 import copy
 import errno
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
 from formulas import Order
 
-from dev.run.shard import shuffle
+from dev.run.shard import is_order, shuffle
 from train_gpt2 import DataLoader
 
 SHAKESPEARE = [408, 791, 914, 1057, 81, 450, 299, 907, 582, 321, 670, 134]  # FACTS of llm.c's order at B=4, T=64
@@ -153,6 +155,33 @@ def test_shard_of_more_than_2_GiB(make_shard, tmp_path):
     start = (processes - 1) * B * T - (size - len(marks))
     assert (inputs.ravel() == marks[start:start + B * T]).all()
     assert (targets.ravel() == marks[start + 1:start + B * T + 1]).all()
+
+
+def test_small_batches_of_a_large_shard(make_shard, tmp_path):
+    """Four million samples: their order takes four bytes each, and little more while it is made or restored."""
+    count = 1 << 22
+    path = make_shard(tmp_path / "large.bin", [], count=16 * count + 1)
+    try:
+        os.truncate(path, 1024 + 2 * (16 * count + 1))  # a sparse file
+    except OSError as error:
+        pytest.skip(f"this file system has no sparse files: {error}")
+    tracemalloc.start()
+    try:
+        loader = DataLoader(path, 1, 16, should_shuffle=True)
+        loader.next_batch()
+        state = loader.state()
+        loader.restore(state)
+        assert tracemalloc.get_traced_memory()[1] < 6 * count
+    finally:
+        tracemalloc.stop()
+    assert len(state["sample_order"]) == count and is_order(state["sample_order"], count)
+
+
+@pytest.mark.parametrize("numbers, is_one", [
+    ([2, 0, 1], True), ([2, 0, 0], False), ([0, 1], False), ([0, 1, 2, 2], False), ([-1, 0, 1], False),
+    ([1, 2, 3], False), ([], False)])
+def test_orders_of_three(numbers, is_one):
+    assert is_order(np.array(numbers, np.int32), 3) is is_one and is_order(np.empty(0, np.int32), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

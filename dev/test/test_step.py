@@ -1,8 +1,10 @@
 """The middle of a step: stops between micro-batches, damaged batches, errors. What was trained before is not lost."""
+import gc
 import itertools
 import os
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -308,3 +310,20 @@ def test_the_log_knows_what_was_trained(train, out, spoil):
     spoil(5)
     train("-x 8 -n 4", 1)
     assert [line.split()[0] for line in log(out)] == [f"s:{step}" for step in range(5)] and sum(SHARDS) == 580
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many steps
+
+def test_memory_stays_flat(train, monkeypatch):
+    """A step leaves nothing behind: neither do epochs, validations, texts and checkpoints, after the first few."""
+    blocks, step = [], train_gpt2.Report.step
+
+    def counted(report, number, *args):
+        step(report, number, *args)
+        if number % 500 == 499:
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+    monkeypatch.setattr(train_gpt2.Report, "step", counted)
+    train("-x 3000 -v 100 -m 2 -s 100 -g 3 -n 100 -nk 2 -l 1e-6 -sl 9 --log_every 3000")
+    assert len(blocks) == 6 and blocks[-1] - blocks[1] < 500, blocks
