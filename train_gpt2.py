@@ -1326,6 +1326,7 @@ class DataLoader:
         self.sample_order = range(self.samples_in(number)) if order is None else order
         if self.random and order is None:
             self.sample_order = shuffle(np.arange(len(self.sample_order), dtype=np.int32), self.random)
+            self.generator = self.random.get_state()[1:3]  # key and position, until the next shard
 
     def next_batch(self, read=True):
         """The next (inputs, targets), (B, T) int32; targets are inputs one token later. read: False passes it over."""
@@ -1345,9 +1346,8 @@ class DataLoader:
         """Where this loader is, for restore(): indices, and where it shuffles the present orders and its generator"""
         state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
         if self.random:
-            _, key, position, *_ = self.random.get_state()
             state |= {"shard_order": self.shard_order.copy(), "sample_order": self.sample_order,
-                      "generator": (key, position)}
+                      "generator": self.generator}
         return state
 
     def restore(self, state):
@@ -1361,7 +1361,8 @@ class DataLoader:
         self.shard_order = order
         self.open_shard(index, state.get("sample_order"))
         if shuffled:
-            self.random.set_state(("MT19937", *state["generator"]))
+            self.generator = state["generator"]
+            self.random.set_state(("MT19937", *self.generator))
         self.sample_index = state["sample_index"]
 
 
