@@ -56,6 +56,8 @@ class Vocabulary(Tokenizer):
         if not ids or misfit(ids, IDS) or misfit(merges, MERGES):
             raise ValueError(f"{shown(folder)}: no vocabulary of names and merges")
         self.merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+        with reading(self.folder, "import the model again"):  # halves of surrogate pairs are no text
+            " ".join(map("".join, self.merges)).encode()
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.special = {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
         self.special |= read(folder, "added_tokens.json")

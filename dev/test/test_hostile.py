@@ -437,6 +437,7 @@ def test_the_model_of_a_run(train, out):
     ({"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}, "no vocabulary of names"),
     ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "-1"),
     ({"model": {"type": "BPE", "vocab": {"a": 1}, "merges": [3]}}, "no vocabulary of names"),
+    ({"model": {"type": "BPE", "vocab": {"a": 1}, "merges": ["a \ud800"]}}, "m.tokenizer: 'utf-8' codec can't"),
 ])
 def test_vocabularies(tmp_path, change, words):
     whole = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "normalizer": None,
