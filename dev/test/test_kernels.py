@@ -273,6 +273,19 @@ def test_gelu_far_from_zero(new):
     np.testing.assert_allclose(dinp[0], [0, 0, 0, 0.5, 1, 1, 1], atol=1e-25)
 
 
+def test_gelu_has_no_subnormal_numbers(new):
+    """which processors are slow with: a model that has overfitted has inputs far below zero. NaNs stay."""
+    inp, out, dinp = np.linspace(-30, 0, 3001, dtype=F32)[None].copy(), new(1, 3001), new(1, 3001)
+    inp[0, 7] = np.nan
+    t.gelu_forward(out, inp)
+    dinp[:] = 1
+    t.gelu_backward(dinp, inp)
+    for x, expected in (out, formulas.gelu(inp)), (dinp, formulas.gelu_gradient(inp)):
+        assert np.isnan(x[0, 7]) and np.isnan(x).sum() == 1
+        assert ((x == 0) | (abs(x) > 1e-18) | np.isnan(x)).all()
+        np.testing.assert_allclose(x, expected, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # classifier
 
