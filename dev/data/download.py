@@ -24,6 +24,7 @@ LARGEST = 1 << 40  # bytes of a file
 UNKNOWN = 1 << 32  # bytes of a file whose length the server does not say
 BACKOFF = 1.0  # seconds before the first retry, doubled for each one after it
 LONGEST_WAIT = 120  # a server that asks for more patience than this (Retry-After) is given up
+BROKEN = requests.packages.urllib3.exceptions.HTTPError  # what requests lets through where a redirect's text is cut
 
 
 class Retry(Exception):
@@ -66,7 +67,7 @@ def download(url, path, size=None, sha256=None, timeout=30.0, retries=5, anew=Fa
         try:
             _fetch(url, part, size, timeout, progress, most)
             break
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, BROKEN) as e:
             # no answer to the first call: no network, no such host, a firewall; waiting will not help
             if not reached and not part.exists() and _unreachable(e):
                 hint = "is there a network, or a proxy to set?"

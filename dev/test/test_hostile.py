@@ -496,6 +496,14 @@ def test_headers_that_are_wrong(fails, server, tmp_path, monkeypatch, head):
     assert url in fails(lambda: download.download(url, tmp_path / "x", retries=0))
 
 
+def test_a_redirect_that_is_cut_off(fails, server, tmp_path, monkeypatch):
+    """and cannot be unpacked: requests then lets an error through that is none of its own."""
+    monkeypatch.setattr(download, "BACKOFF", 0)
+    url = server(b"HTTP/1.1 301 Moved\r\nContent-Length: 9\r\nContent-Encoding: gzip\r\nConnection: close\r\n"
+                 b"Location: http://127.0.0.1:1/\r\n\r\nabc")
+    assert url in fails(lambda: download.download(url, tmp_path / "x", retries=0))
+
+
 def test_416_without_a_beginning(fails, server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "BACKOFF", 0)
     url = server(b"HTTP/1.1 416 No\r\nContent-Length: 0\r\n\r\n")
