@@ -530,6 +530,7 @@ def fuzz(cases, seed, only, processes, root):
                 done[name, reader] += 1
                 if problem:
                     fallen.setdefault((name, reader, problem), []).append(number)
+                    print(f"case {number}: {name}, {reader}: {problem}", flush=True)
                 if done.total() % 1000 == 0:
                     bad = sum(map(len, fallen.values()))
                     print(f"{done.total():,} cases, {time.monotonic() - start:.0f} s, {bad:,} fallen", flush=True)
