@@ -318,7 +318,7 @@ def save(flags, run):
     first = run.engine.processes.rank == 0
     if first:
         # the checkpoint's lines, before it; a log that cannot be written does not keep us from it
-        with contextlib.suppress(OSError), open(os.path.join(flags.output_dir, "main.log"), "a") as log:
+        with contextlib.suppress(OSError), open(os.path.join(flags.output_dir, "main.log"), "rb") as log:
             os.fsync(log.fileno())
     write_run_checkpoint(flags.output_dir, run, flags.master_weights)
     if first:
