@@ -26,7 +26,7 @@ def interrupted(number, frame):
     raise KeyboardInterrupt
 
 
-if (os.path.realpath(getattr(sys.modules["__main__"], "__file__", "")).startswith(f"{TOP}{os.sep}")
+if (os.path.realpath(getattr(sys.modules.get("__main__"), "__file__", None) or "").startswith(f"{TOP}{os.sep}")
         and threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, interrupted)

@@ -162,6 +162,16 @@ def write_run_checkpoint(folder, run, master=0):
         write_file(done)
 
 
+def loosen(folder, step):
+    """A checkpoint of this step, where there is one, is about to be written anew. Its files will be of both for a
+    moment: all the same but the sampler's state, which a run_*.json knows; only checksums would not fit."""
+    done, *_, run_path = checkpoint_files(folder, step)
+    if os.path.exists(done) and os.path.exists(run_path):
+        said = read_json(run_path, RUN)
+        if said.pop("sums", None):
+            write_file(run_path, np.frombuffer(json.dumps(said).encode(), np.uint8))
+
+
 def pack_order(state):
     """The orders and the generator of a loader's state as arrays of llm.c's state file; none if nothing is shuffled"""
     if "generator" not in state:
@@ -244,7 +254,7 @@ def read_run_checkpoint(folder, step, run):
         raise ValueError(f"{state_path}: {error}\n{fit}\n{way_back(folder)}") from error
     hint = way_back(folder)
     require_sound(run, f"{model_path}, {state_path}", hint)
-    run.sampler.state = int(header[20:22].view(np.uint64)[0])
+    run.sampler.state = more.get("coins", int(header[20:22].view(np.uint64)[0]))
     if not run.sampler.state:
         raise ValueError(f"{state_path}: damaged: its sampler's state is 0, from which all coins are 0\n{hint}")
     for window, old in zip(run.outliers.windows, more["windows"]):

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from dev.run.checkpoints import complete_checkpoints, remove_checkpoint, remove_old_checkpoints, save
+from dev.run.checkpoints import complete_checkpoints, loosen, remove_checkpoint, remove_old_checkpoints, save
 from dev.run.console import say, shown
 from dev.run.files import remove_temporary, write_file
 
@@ -137,6 +137,8 @@ class Output:
         """Write a checkpoint; returns the seconds that it took."""
         self.saved = self.run.step, self.run.coins is None
         self.begin()
+        if self.logs:
+            loosen(self.folder, self.run.step)
         self.run.engine.processes.any(False)  # no process writes before the first one has removed what is old
         return save(self.flags, self.run)
 

@@ -1,4 +1,5 @@
 """Runs that a signal stops, after the step or at once, and that go on as if it had not."""
+import itertools
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ from null_engine import NullEngine
 from runs import complete, contents, interrupt
 
 import train_gpt2
+from dev.run.checkpoints import complete_checkpoints
 from dev.run.folder import Output
 from dev.run.report import Report
 
@@ -137,6 +139,30 @@ def test_a_warning_is_answered_at_once(train, hellaswag, out, tmp_path, monkeypa
     train(f"{RUN} -y 1")
     whole = contents(tmp_path / "whole")
     assert {name: contents(out)[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_killed_while_a_checkpoint_is_written_anew(train, hellaswag, out, tmp_path, monkeypatch, call):
+    """SIGUSR1 in the validation of step 4 writes one, and when that is over it is due: at no moment is there none."""
+    monkeypatch.setattr(train_gpt2, "GPT2", Forwards)
+    Forwards.last = 0
+    train(f"{RUN} -nk 1 -o {tmp_path / 'whole'}")
+    Forwards.count, Forwards.last, Forwards.number = 0, LOOK + 32, SIGUSR1  # in the text, whose coins are drawn
+    replaced, replace = itertools.count(), os.replace
+
+    def killed(*names):
+        if complete_checkpoints(out) == [4] and next(replaced) == call:
+            raise SystemExit(9)
+        replace(*names)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        try:
+            train(f"{RUN} -nk 1")
+        except SystemExit:
+            assert complete_checkpoints(out) == [4]
+    Forwards.last = 0
+    train(f"{RUN} -nk 1 -y 1")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("owner, name, call, steps", [
