@@ -35,10 +35,6 @@ class Matrix(NamedTuple):
     row: int
     stride: int = 0
 
-    def at(self, row, column=0):
-        """What begins with that row and column"""
-        return self._replace(ptr=self.ptr + (row * self.row + column) * self.dtype.itemsize)
-
 
 def matrix(buffer):
     return Matrix(buffer.ptr, buffer.dtype, buffer.shape[-1])

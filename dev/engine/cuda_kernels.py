@@ -360,10 +360,9 @@ def bias_backward(partial, dout, BT, OC):
 # attention from batched products: the softmax between them. One block for each row of scores
 
 @kernel
-def softmax_forward(probs, lse, scores, scale, T, width, strip):
-    # probs (n, T, width) = the causal softmax of scale * scores (n, T, width); lse (n, T): log-sum-exp
-    # 0 to the right, as far as the row's strip of `strip` rows goes. width: T, up to the next multiple of 8
-    # probs may be scores
+def softmax_forward(probs, lse, scores, scale, T, width):
+    # probs (n, T, width) = the causal softmax of scale * scores (n, T, width), 0 to the right; lse (n, T): log-sum-exp
+    # width: T, up to the next multiple of 8. probs may be scores
     shared, shared2 = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.float32)
     row, thread, stride = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x) * 8
     base, end, scale2 = row * width, row % T + 1, scale * LOG2E
@@ -375,7 +374,7 @@ def softmax_forward(probs, lse, scores, scale, T, width, strip):
         top = m
     m = block_max(top, shared, thread, cuda.blockDim.x)
     s = block_sum(s * cuda.libdevice.exp2f(top - m), shared2, thread, cuda.blockDim.x)
-    for i in range(thread * 8, min(width, (row % T // strip + 1) * strip), stride):
+    for i in range(thread * 8, width, stride):
         x = vector(ZERO)
         if i < end:
             x = keep(exp2(load(scores, base + i) * scale2 - m) / s, 0, end - i, ZERO)
@@ -385,9 +384,8 @@ def softmax_forward(probs, lse, scores, scale, T, width, strip):
 
 
 @kernel
-def softmax_backward(probs, dscores, scores, dprobs, lse, scale, T, width, strip):
+def softmax_backward(probs, dscores, scores, dprobs, lse, scale, T, width):
     # probs (n, T, width) again from scores and lse; dscores = the gradient of scores from dprobs, that of probs
-    # both 0 to the right, as far as the row's strip goes
     # probs may be scores, dscores may be dprobs
     shared = cuda.shared.array(32, np.float32)
     row, thread, stride = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x) * 8
@@ -397,7 +395,7 @@ def softmax_backward(probs, dscores, scores, dprobs, lse, scale, T, width, strip
         p = keep(exp2(load(scores, base + i) * scale2 - l), 0, end - i, ZERO)
         s += total(keep(p * load(dprobs, base + i), 0, end - i, ZERO))
     s = block_sum(s, shared, thread, cuda.blockDim.x)
-    for i in range(thread * 8, min(width, (row % T // strip + 1) * strip), stride):
+    for i in range(thread * 8, width, stride):
         p, d = vector(ZERO), vector(ZERO)
         if i < end:
             p = keep(exp2(load(scores, base + i) * scale2 - l), 0, end - i, ZERO)

@@ -29,7 +29,6 @@ def several_chunks(monkeypatch):
     """The classifier goes over several chunks of rows."""
     cuda = pytest.importorskip("dev.engine.cuda", exc_type=(ImportError, ValueError))
     monkeypatch.setattr(cuda, "CLASSIFIER_ROWS", 32)
-    monkeypatch.setattr(cuda, "STRIP", 8)
     monkeypatch.setattr(cuda, "SQUARES", 2000)
 
 
