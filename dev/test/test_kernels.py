@@ -346,8 +346,9 @@ def test_sum_of_squares(rng, size):
 # normal numbers
 
 def test_box_muller(rng, new):
-    u, out = rng.random(48, F32), new(48)
-    u[:8] = 0, 0, 0, 2**-24, 0.5, 1 - 2**-24, 0.25, 0.75
-    box_muller(out, u, F32(0.02))
-    expected = 0.02 * np.concatenate([formulas.box_muller(np.float64(x)) for x in np.split(u, 3)])
+    bits, out = rng.integers(2**32, size=48, dtype=np.uint32), new(48)
+    bits[:8] = 0, 1 << 24, 0xFF << 24, 1, 1 << 23, 2**24 - 1, 1 << 22, 3 << 22  # the upper 8 don't count
+    box_muller(out, bits, F32(0.02))
+    u = bits % 2**24 * 2**-24
+    expected = 0.02 * np.concatenate([formulas.box_muller(x) for x in np.split(u, 3)])
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-7)
