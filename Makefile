@@ -7,8 +7,8 @@ PYDOC = data/pydoc/pydoc_
 
 .PHONY: train train-gpu test test-gpu test-full data text lint bench bench-gpu clean distclean help
 
-train: .venv/ready  ## GPT-2 124M on Tiny Shakespeare; without its weights, a small model of bytes from scratch
-	@$(RUN) dev/start.py
+train: .venv/ready  ## GPT-2 124M on Tiny Shakespeare; without its weights, a small model of bytes; ARGS=-x 100: more flags
+	@$(RUN) dev/start.py $(ARGS)
 
 data: .venv/ready  ## weights, text and vocabulary into data/, or the best that can be had without a network
 	@[ -f data/gpt2_124M.bin ] || $(RUN) dev/download_starter_pack.py || \

@@ -547,6 +547,14 @@ def machine():
             "versions": versions}
 
 
+def in_words(setting):
+    """What is measured, and on which machine, as two lines of text"""
+    found = setting["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB of memory, {found['system']} | "
+            f"{versions}\nmodel: {setting['model']} | precision: {setting['precision']} | {setting['matmul']}")
+
+
 def parse_flags(argv):
     parser = Parser(prog="python -m dev.bench", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -588,7 +596,7 @@ def run(flags):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     engine = t.build(flags.model, precision=flags.precision, matmul=flags.matmul)
     setting = {"machine": machine(), "model": flags.model, "precision": flags.precision, "matmul": engine.describe()[0]}
-    print(json.dumps(setting))
+    print(in_words(setting))
     if load > 0.5:
         print(f"load average {load:.1f}: other programs are running, so these numbers are not what the machine can do")
     results = setting | {"load_average": load}

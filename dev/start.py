@@ -1,7 +1,7 @@
 """
 The first run, on any system, without make: an environment, data, training.
 
-    python dev/start.py
+    python dev/start.py [FLAGS of train_gpt2.py, of which the last one counts]
 
 GPT-2's weights on Tiny Shakespeare where both can be fetched. Without the weights a small model that reads bytes, in
 about three minutes on two cores: on Tiny Shakespeare or, without a network, on the texts that every Python carries.
@@ -55,12 +55,13 @@ def fetch(script, *flags):
     return process.returncode == 0
 
 
-def main():
+def main(flags):
+    """Fetch or make the data and train, with more of the trainer's flags. Returns the exit status"""
     data, weights = TOP / "data", TOP / "data/gpt2_124M.bin"
     if not weights.exists():
         print("looking for GPT-2's weights (498 MB) and Tiny Shakespeare in the network", flush=True)
     if weights.exists() or fetch("download_starter_pack.py"):
-        return run(sys.executable, "train_gpt2.py", "-o", "data/runs/gpt2", "-y", "1", "-nk", "1")
+        return run(sys.executable, "train_gpt2.py", "-o", "data/runs/gpt2", "-y", "1", "-nk", "1", *flags)
     place, script = "tinyshakespeare_bytes/tiny_shakespeare", "data/tinyshakespeare.py"
     if not (data / f"{place}_train.bin").exists() and not fetch(script, "--tokenizer", "bytes"):
         print("no network: a small model is trained from scratch, on text that every Python carries", flush=True)
@@ -68,13 +69,15 @@ def main():
         if not (data / f"{place}_train.bin").exists():
             run(sys.executable, "dev/data/pydoc.py", "--tokenizer", "bytes")
     files = ["-i", f"data/{place}_train.bin", "-j", f"data/{place}_val.bin"]
-    return run(sys.executable, "train_gpt2.py", "-o", RUN, "-y", "1", *files, *BYTES, *LOOK)
+    return run(sys.executable, "train_gpt2.py", "-o", RUN, "-y", "1", *files, *BYTES, *LOOK, *flags)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    _, more = parser.parse_known_args()
     chosen = environment()
     try:
-        sys.exit(main() if Path(chosen) == Path(sys.executable) else run(chosen, TOP / "dev/start.py"))
+        sys.exit(main(more) if Path(chosen) == Path(sys.executable) else run(chosen, TOP / "dev/start.py", *more))
     except KeyboardInterrupt:
         sys.exit(130)

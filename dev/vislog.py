@@ -3,6 +3,7 @@ Plots training runs: loss, learning rate and, where a run measured it, HellaSwag
 
     python dev/vislog.py RUN [RUN ...] -o run.png                a run is a folder, or a file such as RUN/main.log
     python dev/vislog.py a=RUN b=RUN -o runs.svg --smooth 50     under other names, smoothed over 50 steps
+    python dev/vislog.py RUN --line published=1.88              with a line at a loss to compare with
     python dev/vislog.py RUN -o run.csv                          a table: a line a step, for other programs
     python dev/vislog.py RUN -o run.html --watch                 a page that shows a run while it goes on
 """
@@ -116,6 +117,14 @@ def label_ends(axes, labels, size=9):
                       color=color, fontsize=size, va="center", linespacing=1.25, annotation_clip=False)
 
 
+def draw_lines(axes, lines):
+    """Dotted lines at losses to compare with. lines: (name, loss)"""
+    for name, loss in lines:
+        axes.axhline(loss, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        axes.annotate(f"{name}: {loss:g}", (0.992, loss), (0, 2), xycoords=("axes fraction", "data"), color=FAINT,
+                      textcoords="offset points", fontsize=8, ha="right", va="bottom")
+
+
 def draw_references(axes, which):
     """Dotted lines at the GPT-2 figures that lie in the picture. Their names are staggered, since two are close."""
     low, high = axes.get_ylim()
@@ -147,11 +156,12 @@ def range_of_losses(runs):
     return low - margin, high + margin
 
 
-def plot(runs, kind, smooth=None, loss_min=None, loss_max=None, title=None, references=False):
+def plot(runs, kind, smooth=None, loss_min=None, loss_max=None, title=None, references=False,
+         lines=()):
     """The bytes of a picture of runs, [(name, streams)]. kind: png, svg, pdf and others that matplotlib knows
 
-    references: with OpenAI's models. smooth: train losses are averaged over so many steps; otherwise over
-    a fiftieth of the run.
+    references: with OpenAI's models. lines: with others, (name, loss). smooth: train losses are averaged over so many
+    steps; otherwise over a fiftieth of the run.
     """
     try:
         import matplotlib
@@ -196,6 +206,7 @@ def plot(runs, kind, smooth=None, loss_min=None, loss_max=None, title=None, refe
             axes["eval"].plot(steps, accuracies, color=color, linewidth=1.2, marker="o", markersize=3)
             ends["eval"].append((accuracies[-1], [name, f"{100 * accuracies[-1]:.1f}%"], color))
 
+    draw_lines(axes["loss"], lines)
     keys = ["line: train", "circles: validation"]
     if references and draw_references(axes["loss"], 0):
         keys.append("dotted: OpenAI's models on FineWeb")
@@ -265,7 +276,7 @@ def read_runs(arguments):
 def write(flags, runs, seconds=None):
     """Write the output, in the format that its suffix names; a page is loaded again every so many seconds."""
     kind = Path(flags.output).suffix.lower().strip(".") or "png"
-    options = flags.smooth, flags.loss_min, flags.loss_max, flags.title, flags.gpt2
+    options = flags.smooth, flags.loss_min, flags.loss_max, flags.title, flags.gpt2, flags.line
     if kind == "csv":
         data = table(runs).encode()
     elif kind == "html":
@@ -290,6 +301,17 @@ def watch(flags):
         write(flags, runs)
 
 
+def named_loss(text):
+    """("name", 1.88) of name=1.88"""
+    name, _, loss = text.rpartition("=")
+    try:
+        if name and abs(float(loss)) < LARGEST:
+            return name, float(loss)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"NAME=LOSS is expected, such as published=1.88, not {text}")
+
+
 def main(argv=None):
     """The command line: see --help. Returns the exit status."""
     return program(draw, argv)
@@ -304,6 +326,8 @@ def draw(argv):
     parser.add_argument("--watch", type=int, nargs="?", const=5, metavar="SECONDS",
                         help="renew an .html so often (without a number: every 5 s) while a run goes on")
     parser.add_argument("--gpt2", action="store_true", help="with what OpenAI's models reach on FineWeb and HellaSwag")
+    parser.add_argument("--line", type=named_loss, action="append", default=[], metavar="NAME=LOSS",
+                        help="with a dotted line at this loss; may be given again")
     parser.add_argument("--smooth", type=int,
                         help="steps that the train loss is averaged over (default: a fiftieth of the run)")
     parser.add_argument("--loss_min", type=float, help="lower end of the loss axis")

@@ -13,6 +13,7 @@
 set -e
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
+gpu=
 if [ "$DEVICE" = cuda ]; then
   PATH="$PWD/.venv-gpu/bin:$PATH"
   gpu="--device cuda -b 64 -n 1000"

@@ -53,6 +53,17 @@ def test_sections(measure, capsys):
     assert "% of the time" in capsys.readouterr().out
 
 
+def test_the_machine_in_words_and_its_threads(tiny, tmp_path, python):
+    """OMP_NUM_THREADS counts, here as everywhere."""
+    words = ["-m", "dev.bench", "--model", tiny, *TINY_RUN, "--only", "ceilings", "--output", tmp_path / "bench.json"]
+    out, err = python(*words, OMP_NUM_THREADS="1").communicate()
+    found = json.loads((tmp_path / "bench.json").read_text())["machine"] if not err else err
+    first, second, *_ = out.splitlines()
+    assert found["threads"] == 1 and "threads: 1 (" in second
+    assert first.startswith(f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB of memory, ")
+    assert f"Numba {found['versions']['Numba']}" in first and "{" not in first + second
+
+
 def test_bfloat16(measure):
     results = measure("--only", "kernels,steps", "--precision", "bf16")
     assert results["precision"] == "bf16" and "bfloat16" in results["matmul"] + results["ceilings"][0]["what"]

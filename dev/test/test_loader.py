@@ -2,12 +2,15 @@
 import copy
 import errno
 import os
+import re
 import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from formulas import Order
 
+from dev.run.data import largest_batches
 from dev.run.shard import is_order, shuffle
 from train_gpt2 import DataLoader
 
@@ -315,3 +318,16 @@ def test_large_shards_are_shuffled_in_the_same_order(size):
         j = number % (i + 1)
         expected[i], expected[j] = expected[j], expected[i]
     assert shuffle(np.arange(size, dtype=np.int32), np.random.RandomState(42)).tolist() == expected
+
+
+def test_what_is_held_out_serves_every_batch_in_the_readme(make_shard, tmp_path):
+    """5 % of a short text, README's own, has fewer tokens than the batches in README's table: smaller ones are made."""
+    readme = (ROOT / "README.md").read_text()
+    sizes = {tuple(map(int, size)) for size in re.findall(r"-b (\d+) -t (\d+)", readme)}
+    held_out = len(readme) // 20
+    shard = make_shard(tmp_path / "val.bin", range(held_out))
+    assert len(sizes) >= 3 and any(B * T >= held_out for B, T in sizes)
+    for B, T in sizes:
+        loader = largest_batches(DataLoader, shard, B, T, held_out)
+        inputs, targets = loader.next_batch()
+        assert inputs.shape == targets.shape == (min(B, (held_out - 1) // T), T)

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from runs import complete
 
+import test_gpt2
 import train_gpt2
 from dev.run import compiling, machine, random_weights
 from dev.run.flags import parse_flags
@@ -149,6 +150,23 @@ def test_a_mistake_of_ours_is_not_taken_for_damage(monkeypatch):
     monkeypatch.setattr(compiling, "remove_damaged", lambda kernels: 0)
     with pytest.raises(KeyError, match="ours"):
         compiling.load_kernels(run)
+
+
+def test_test_gpt2_compiles_in_two_processes_and_says_so(capfd, monkeypatch):
+    """As the trainer does: where a kernel is not in the cache, before anything is computed."""
+    asked = []
+
+    def run_kernels(precision):
+        if not asked:
+            raise compiling.Compiling
+        raise RuntimeError("enough is known")
+    monkeypatch.setattr(train_gpt2, "run_kernels", run_kernels)
+    start = lambda words, **more: asked.append(words[2]) or SimpleNamespace(wait=int)
+    monkeypatch.setattr(compiling.subprocess, "Popen", start)
+    with pytest.raises(RuntimeError, match="enough"):
+        test_gpt2.check(*(str(ROOT / path) for path in test_gpt2.TINY))
+    assert [words.split("; ")[-1] for words in asked] == ["run('fp32', False)", "run('fp32', True)"]
+    assert "compiling the kernels: about half a minute, in the first run only" in capfd.readouterr().out
 
 
 def test_a_cache_that_takes_nothing(capfd, monkeypatch):

@@ -1,4 +1,5 @@
-"""The recipes in dev/scripts: what they would run is something that the trainer accepts, and as large as they say."""
+"""The recipes in dev/scripts: what they would run is something that the trainer accepts, and as large as they say. And
+what the Makefile would run."""
 import os
 import re
 import shlex
@@ -88,3 +89,37 @@ def test_script_for_a_gpu(name, commands):
     plan = engine.memory_plan(flags.batch_size, flags.sequence_length, flags.recompute, True)
     said = float(re.search(r"; (\S+) GiB of its memory", heading)[1])  # with cuDNN's attention, up to 2 GiB more
     assert -0.2 < said - sum(plan.values()) / 2**30 < 2.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the Makefile, with an environment whose Python only writes down what it is given
+
+@pytest.fixture
+def make(tmp_path):
+    """make(target, failing): (exit status, what Python was given, a line each) where Python fails for `failing`"""
+    def make(target, failing="nothing"):
+        (tmp_path / ".venv/bin").mkdir(parents=True)
+        for name in "Makefile", "requirements.txt":
+            shutil.copy(Path(__file__).parents[2] / name, tmp_path)
+        python, log = tmp_path / ".venv/bin/python", tmp_path / "commands"
+        python.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(log))}\ncase "$*" in {failing}*) exit 1;; esac\n')
+        python.chmod(0o755)
+        for name in "ready", "test":
+            (tmp_path / ".venv" / name).touch()
+        done = subprocess.run(["make", *target.split()], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+        return done.returncode, log.read_text().splitlines()
+    return make if shutil.which("make") else pytest.skip("needs make")
+
+
+@pytest.mark.parametrize("failing, status", [("nothing", 0), ("test_gpt2.py", 2), ("-m", 2)])
+def test_make_test_runs_both(make, failing, status):
+    """pytest also where test_gpt2.py fails, with the names of what fails, errors or is skipped, and why (-rfEs)"""
+    assert make("test", failing) == (status, ["test_gpt2.py", "-m pytest -rfEs"])
+
+
+def test_make_lint_looks_at_tracked_files(make, tmp_path):
+    for name in "tracked.py", "scratch.py":
+        (tmp_path / name).touch()
+    for command in "init -q", "add tracked.py":
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True, timeout=60)
+    assert make("lint") == (0, ["-m ruff check tracked.py"])

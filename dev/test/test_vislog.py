@@ -156,3 +156,17 @@ def test_logs_without_steps(write_run, tmp_path, capsys, text):
     run = write_run("run", text) if text is not None else tmp_path / "missing"
     assert vislog.main([str(run), "-o", str(tmp_path / "run.png")]) == 1
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "run.png").exists()
+
+
+def test_a_line_to_compare_with(write_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = str(write_run("run"))
+    for more in [], ["--line", "published=5.3", "--line", "a=b=5.4"]:
+        assert vislog.main([run, "-o", str(tmp_path / f"{len(more)}.svg"), *more]) == 0
+    pictures = [(tmp_path / f"{n}.svg").read_text() for n in (0, 4)]
+    assert ["<!-- published: 5.3 -->" in picture for picture in pictures] == [False, True]
+    assert "<!-- a=b: 5.4 -->" in pictures[1]
+    for wrong in "5.3", "=5.3", "published=", "published=nan", "published=1e40":
+        with pytest.raises(SystemExit):
+            vislog.main([run, "--line", wrong])
+        assert f"NAME=LOSS is expected, such as published=1.88, not {wrong}" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""
+Every command of README.md in its order, in an empty clone with an empty home and no network: what it promises is so.
+
+COMMANDS says how each is shortened: flags that are appended, of which the last one counts. A command that README has
+and COMMANDS has not, or the other way round, is a failure. From README's `python train_gpt2.py` on the tests' tiny
+model stands in for GPT-2's weights; what needs more than that is left out, with the reason.
+"""
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sysconfig
+import venv
+
+import pytest
+from conftest import ROOT
+
+SMALL = "-b 2 -t 16 -x 2 -v 2 -m 1 -s 0"
+SHAKESPEARE = "data/tinyshakespeare/tiny_shakespeare"
+PREPARE = f"""
+mkdir -p my_folder data/tinyshakespeare && cp README.md LICENSE my_folder
+cp dev/test/gpt2_tiny.bin data/gpt2_124M.bin
+python dev/data/text.py my_folder --tokenizer tiny --name text
+cp data/text/text_train_000000.bin {SHAKESPEARE}_train.bin && cp data/text/text_val_000000.bin {SHAKESPEARE}_val.bin
+rm -r data/text
+"""
+NO_NETWORK, ELSEWHERE = "it needs a network: ", "it takes minutes: "
+
+
+class Run:
+    """How a command is run: with more after it, `first` before it; what it prints (patterns), files that it makes"""
+
+    def __init__(self, more="", prints=(), files=(), first="", stdin="", interrupt=None, needs=None):
+        self.more, self.prints, self.files, self.first, self.stdin = more, prints, files, first, stdin
+        self.interrupt, self.needs = interrupt, needs
+
+
+RECIPE = ("python train_gpt2.py -e d6 -o data/runs/shakespeare -n 50 -nk 2 -y 1 -b 8 -t 64 -x 240 -l 1e-3 -u 20 "
+          "-q 0.1 -v 20 -m 20 -s 0")
+BYTES_DATA = ' -i "data/my_folder/*_train_??????.bin" -j "data/my_folder/*_val_??????.bin"'
+FIRST = 'ARGS="-x 4 -v 2 -m 2 -s 4 -g 20"'
+COMMANDS = {  # as README has them, in its order
+    "make train": Run(FIRST, ["no network: a small model", "verdict: ", "go on: ", "write text: ", "plot: "],
+                      ["data/runs/first/model_00000004.bin", "data/runs/first/main.log"]),
+    "make test": Run("PYTEST_ADDOPTS='dev/test/test_schedule.py'", ["TENSOR OK", "overall okay: 1", r"\d+ passed"]),
+    "python dev/generate.py -e data/runs/first/model_00004000.bin --temperature 0.8": Run(
+        "-e data/runs/first/model_00000004.bin -n 20", [r"20 tokens in .*tok/s"]),
+    "source .venv/bin/activate": Run("&& which python", [r"/\.venv/bin/python"]),
+    "python dev/start.py": Run("-x 4 -v 0 -s 0", [r"step 4 of 4"]),
+    "python -m venv .venv": Run("--without-pip", files=[".venv/bin/python"]),
+    ".venv/bin/python -m pip install -r requirements.txt": Run("", ["already satisfied: numba"]),
+    ".venv/bin/python dev/start.py": Run("-x 4 -v 0 -s 0", [r"step 4 of 4"]),
+    "python train_gpt2.py --help": Run("", ["--input_bin", "--learning_rate"]),
+    "python train_gpt2.py": Run(SMALL, ["step 1/2", "final val loss: "], first=PREPARE),
+    "python dev/data/text.py my_folder": Run("--tokenizer tiny", [r"-i '?data/my_folder/\S+_train_\?{6}\.bin'? -j "],
+                                             ["data/my_folder/my_folder_val_000000.bin"]),
+    "python train_gpt2.py -e d6 -b 8 -t 256 -x 2000 -l 1e-3 -u 100 -q 0.1": Run("-x 1 -u 0 -d 256 -b 1 -v 1 -m 1 -s 0",
+                                                                                ["step 0/1", "final val loss: "]),
+    "python dev/data/text.py my_folder --tokenizer bytes": Run("", ["train with: "]),
+    "python train_gpt2.py -e gpt2:l4c128h4t128 -b 8 -t 128 -x 4000 -l 2e-3 -u 100": Run(
+        f"{BYTES_DATA} -x 3 -u 1 -v 3 -s 0", ["it knows|has not learnt"]),
+    "python train_gpt2.py -d 4096": Run("-x 1 -v 0 -s 0", ["step 0/1"]),
+    "python train_gpt2.py -o data/runs/one -n 100 -nk 2 -y 1": Run(SMALL, files=["data/runs/one/DONE_00000002"]),
+    "python train_gpt2.py --profile 1": Run(SMALL, ["matmul_forward"]),
+    "python train_gpt2.py --log_every 100": Run(SMALL, ["final train loss"]),
+    RECIPE: Run("-e gpt2:l2c128h2v300", interrupt="step 110/240"),
+    "python train_gpt2.py …the same flags…": Run("-e gpt2:l2c128h2v300"),
+    "python dev/vislog.py data/runs/shakespeare -o dev/doc/run.png": Run("", ["wrote dev/doc/run.png"],
+                                                                         needs="matplotlib"),
+    'python -m dev.generate -e data/runs/shakespeare/model_00000240.bin --prompt "ROMEO:" --tokens 80 --top_k 40':
+        Run("--prompt ''"),  # a prompt needs GPT-2's vocabulary
+    ".venv/bin/python -m pip install -r dev/run/requirements-mpi.txt": NO_NETWORK + "only a mirror of packages",
+    "mpirun -np 4 --bind-to none python train_gpt2.py …the same flags…": "it needs MPI: test_mpi.py",
+    "make bench": ELSEWHERE + "test_bench.py measures a tiny model",
+    "make bench ARGS=--torch": ELSEWHERE + "test_bench.py",
+    "make train-gpu": "it needs a GPU", "make bench-gpu ARGS=--torch": "it needs a GPU",
+    "make test-gpu": "it needs a GPU",
+    "DEVICE=cuda dev/scripts/run_gpt2_124M.sh": "it needs a GPU: test_scripts.py",
+    "python dev/data/text.py README.md --tokenizer tiny --data_dir data": Run(
+        "", files=["data/README/README_train_000000.bin"]),
+    "NUMBA_DISABLE_JIT=1 python -m pdb train_gpt2.py -e dev/test/gpt2_tiny.bin "
+    '-i "data/README/README_train_??????.bin" -b 1 -t 8 -x 1 -v 0 -s 0': Run(),
+    "python -m dev.eval.import_hf -i openai-community/gpt2 -o data/gpt2_124M.bin": NO_NETWORK + "test_export.py",
+    "python -m dev.eval.import_hf -i owner/name@revision -o data/name.bin": NO_NETWORK + "test_export.py",
+    "python -m dev.eval.export_hf -i data/gpt2_124M.bin -o my_model": "it needs GPT-2's vocabulary: test_export.py",
+    "python -m dev.eval.export_gguf -i data/gpt2_124M.bin -o my_model.gguf -d q8_0": "the same",
+    "python -m dev.eval.hellaswag -e data/gpt2_124M.bin --limit 500": NO_NETWORK + "test_eval.py",
+    'python -m dev.generate -e data/gpt2_124M.bin --prompt "The sea"': Run("-n 5 --prompt ''", ["5 tokens in"]),
+    "python dev/test/fuzz.py --cases 100000": Run("--cases 20"),
+    "make test-full": "it needs PyTorch and 1 GB", "make lint": Run("", ["All checks passed"], needs="ruff"),
+    "make help": Run("", ["make train", "make distclean"]),
+    "make distclean": Run("&& ls data", ["remove all of this", r"\] README.md\n$"], stdin="y\n"),
+}
+COMMAND = re.compile(r"((\w+=\S+ )*(make|python|source|mpirun|\.venv/bin/python|dev/scripts/\S+\.sh)( .*)?|make)$")
+OUTPUT = re.compile(r"(step|stopping|checkpoint|resuming|final|verdict|kernels|\d+ tokens|-> |\(8)")  # lines to compare
+
+
+def commands(text):
+    """[(command, what README shows after it)]: of blocks, of `code` that begins like a command, of the table's flags"""
+    found = {}
+    blocks = re.split(r"^```(.*)\n", text, flags=re.M)  # prose, language, block, "", prose, …
+    for i, block in enumerate(blocks):
+        if i % 4 == 0:
+            for line in block.splitlines():
+                codes = [line.strip()] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
+                if line.startswith("| ") and codes and not line.startswith("| | "):
+                    codes = [re.sub("^(-[edo] |--[lp])", r"python train_gpt2.py \1", code) for code in codes]
+                found |= dict.fromkeys(filter(COMMAND.match, codes), "")
+        elif i % 4 == 2 and not blocks[i - 1]:
+            name = None
+            for line in block.splitlines():
+                command = line.removeprefix("$ ").partition("   ")[0].strip()
+                if COMMAND.match(command) and ("$ " in line[:2] or "\n$ " not in f"\n{block}"):
+                    name = command
+                    found.setdefault(name, "")
+                elif name:
+                    found[name] += line + "\n"
+    return found
+
+
+def plain(text):
+    """Without what a step's line has only where there is room"""
+    return re.sub(r" \(epoch \S+\)|\S+ tok/s \| ", "", text)
+
+
+def like(line):
+    """A pattern for a line of README: any numbers, a verdict in any words, a model of any shape"""
+    line = re.sub(r"(verdict: .*:).*|(resuming )\S+.*", r"\1\2", plain(line))
+    return r"\d[\d.,:]*".join(map(re.escape, re.split(r"\d[\d.,:]*", line)))
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """An empty clone of what is committed; its .venv has this interpreter's packages, so that nothing is fetched."""
+    if any(shutil.which(name) is None for name in ("bash", "git", "make")) or not (ROOT / ".git").exists():
+        pytest.skip("needs bash, git, make and a repository")
+    clone = tmp_path / "llm.numba"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True, timeout=60)
+    environment = clone / ".venv"
+    venv.create(environment, symlinks=os.name != "nt")
+    site, = environment.glob("lib/python*/site-packages")
+    site.joinpath("these.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    for name in "ready", "test", "dev":
+        environment.joinpath(name).touch()
+    return clone
+
+
+@pytest.fixture
+def run(clone, tmp_path):
+    """run(command, Run): its output. AssertionError unless it ends as it should"""
+    (tmp_path / "home").mkdir()
+    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    env = {**nowhere, "HOME": str(tmp_path / "home"), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}",
+           "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1", "LANG": "C.UTF-8"}
+
+    def run(command, how):
+        if how.first:
+            subprocess.run(["bash", "-ec", how.first], cwd=clone, env=env, check=True, timeout=60, capture_output=True)
+        process = subprocess.Popen(["bash", "-c", f"exec {command} {how.more}" if how.interrupt else
+                                    f"{command} {how.more}"], cwd=clone, env=env, stdin=subprocess.PIPE, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process.stdin.write(how.stdin)
+        process.stdin.close()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if how.interrupt and line.startswith(how.interrupt):
+                process.send_signal(signal.SIGINT)
+        output = "".join(lines)
+        assert process.wait(timeout=60) == 0, f"{command} {how.more}\n{output[-2000:]}"
+        assert "Traceback" not in output, f"{command}\n{output[-2000:]}"
+        for pattern in how.prints:
+            assert re.search(pattern, output), f"{command}\nhas not printed {pattern}:\n{output[-2000:]}"
+        for name in how.files:
+            assert (clone / name).is_file(), f"{command}\nhas not made {name}:\n{output[-2000:]}"
+        return output
+    return run
+
+
+def test_every_command_is_known():
+    assert list(commands((ROOT / "README.md").read_text())) == list(COMMANDS)
+
+
+def test_readme(clone, run):
+    """What README shows after a command has, line by line, the shape of what is really printed."""
+    for command, shown in commands((clone / "README.md").read_text()).items():
+        how = COMMANDS[command]
+        if isinstance(how, str) or how.needs and importlib.util.find_spec(how.needs) is None:
+            continue
+        inputs = re.findall(r"^\(Pdb\) (.*)\n", shown, re.M)
+        how.stdin = "\n".join(inputs) + "\n" if inputs else how.stdin
+        output = run(command.replace("python train_gpt2.py …the same flags…", RECIPE), how)
+        for line in filter(OUTPUT.match, shown.splitlines()):
+            assert re.search(like(line), plain(output)), f"{command}\nprints no line like {line}:\n{output[-2000:]}"
