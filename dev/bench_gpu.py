@@ -137,7 +137,7 @@ def ask(who, *args):
 
 
 def run(flags):
-    results = []
+    results = {"runs": []}
     for name in flags.runs.split(","):
         model, _, B = name.partition(":")
         B, T = int(B), flags.sequence_length
@@ -152,10 +152,12 @@ def run(flags):
             line = f"{model} B={B} T={T} {flags.precision} {who:10} median {ms:8.2f} ms, best {best:8.2f}, "
             line += f"{B * T / ms * 1e3:10,.0f} tok/s"
             if who == "ours":
+                results["gpu"] = found["gpu"]
                 line += f", {100 * found['flops'] / ms / 1e-3 / found['peak']:.1f} % of {found['gpu']}'s peak, "
                 line += f"first step after {found['first']:.1f} s"
                 kernels = found["kernels"]
             else:
+                results["torch"] = found["version"]
                 line += f", PyTorch {found['version']}: {' '.join(found['attention'])}"
             print(line, flush=True)
         for who in peers:
@@ -168,7 +170,7 @@ def run(flags):
                 rate = f"{flops / ms / 1e9:8.0f} TFLOP/s" if flops else f"{size / ms / 1e6:8.0f} GB/s"
                 each = f"{calls:5} x {ms / calls:8.3f} ms = {ms:8.2f} ms"
                 print(f"    {kernel:26}{each} {100 * ms / total:5.1f} % {rate}")
-        results.append(row)
+        results["runs"].append(row)
     with open(flags.output, "w") as file:
         json.dump(results, file, indent=1)
     print(f"wrote {flags.output}")

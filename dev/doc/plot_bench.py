@@ -1,9 +1,11 @@
 """
-Pictures what dev/bench.py measured: how long a training step takes, against the peers and the hardware's limit.
+Pictures what dev/bench.py and dev/bench_gpu.py measured: how long a training step takes, against the peers and the
+hardware's limit.
 
     python -m dev.bench --torch --llmc llm.c/train_gpt2
     python -m dev.bench --torch --precision bf16 --only steps,torch
     python dev/doc/plot_bench.py data/bench.json data/bench_bf16.json -o dev/doc/step_time.svg     needs matplotlib
+    python dev/doc/plot_bench.py data/bench_gpu.json -o dev/doc/gpu.svg
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -12,6 +14,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
 import argparse
+import statistics
 from pathlib import Path
 
 from dev.data.command_line import DATA, run, show
@@ -41,6 +44,8 @@ def seconds(ms):
 
 
 def machine(results):
+    if "gpu" in results:
+        return f"{results['gpu']}; PyTorch {results.get('torch', 'was not measured')}"
     m = results["machine"]
     return (f"{m['cpu']}, {m['threads']} threads, {m['vector_bits']}-bit vectors; "
             + ", ".join(f"{name} {version}" for name, version in m["versions"].items()))
@@ -152,9 +157,29 @@ def plot_threads(axes, results):
     axes.set_title(f"Tokens a second against threads, {precision(results)}", loc="left")
 
 
+def plot_runs(axes, results):
+    """Bars: tokens a second on a GPU, of ours and of PyTorch with its kernels for attention, for each row"""
+    rows = results["runs"]
+    names = {"ours": "llm.numba", "flash": "PyTorch, flash attention", "cudnn": "PyTorch, cuDNN's attention"}
+    for i, (name, color) in enumerate(zip(names, (OURS, "#e8924a", "#f3c29b"), strict=True)):
+        for group, row in enumerate(rows):
+            if name in row:
+                rate = row["B"] * row["T"] / statistics.mean(row[name]) * 1e3
+                axes.bar(group + (i - 1) * 0.27, rate, 0.25, color=color,
+                         label=names[name] if not group else None)
+                axes.annotate(f"{rate / 1e3:,.0f}k", (group + (i - 1) * 0.27, rate), (0, 3), ha="center", fontsize=8,
+                              textcoords="offset points", color=INK, weight="bold" if name == "ours" else "normal")
+    axes.set_xticks(range(len(rows)), [f"{row['model']}, B={row['B']}\n{row['precision']}" for row in rows])
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", color=GRID)
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, loc="upper right", fontsize=8, ncols=3)
+    axes.set_title(f"Tokens a second, T={rows[0]['T']}", loc="left")
+
+
 def plot(measured, path):
-    """Draw what there is of steps, curve and threads, a panel each, into a file whose name ends in .svg or .png.
-    measured: what files of dev/bench.py hold, a dictionary each."""
+    """Draw what there is of steps, curve, threads and runs, a panel each, into a file whose name ends in .svg or .png.
+    measured: what files of dev/bench.py and bench_gpu.py hold, a dictionary each."""
     try:
         import matplotlib
     except ImportError:
@@ -166,15 +191,17 @@ def plot(measured, path):
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
     panels = [(draw, width, results) for key, draw, width in
-              (("steps", plot_steps, 1.25), ("curve", plot_curve, 1), ("threads", plot_threads, 1))
+              (("steps", plot_steps, 1.25), ("curve", plot_curve, 1), ("threads", plot_threads, 1),
+               ("runs", plot_runs, 1.25))
               for results in measured if results.get(key)]
     if not panels:
-        raise ValueError("neither steps, curve nor threads have been measured\n---> HINT: python -m dev.bench")
+        raise ValueError("neither steps, curve, threads nor runs have been measured\n---> HINT: python -m dev.bench")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.8 * len(panels), 4.4), squeeze=False,
                                    layout="constrained", width_ratios=[width for _, width, _ in panels])
     for (draw, _, results), a in zip(panels, axes[0], strict=True):
         draw(a, results)
-    figure.supxlabel(f"GPT-2 {measured[0]['model']}. {machine(measured[0])}", fontsize=8, color="#777777")
+    model = f"GPT-2 {measured[0]['model']}. " if "model" in measured[0] else ""
+    figure.supxlabel(model + machine(measured[0]), fontsize=8, color="#777777")
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
 
 

@@ -135,7 +135,7 @@ def load_kernels(run, precision="fp32", processes=ALONE):
                 raise
             processes.print(f"compiled kernels that were damaged are made anew: {damaged} files; NUMBA_CACHE_DIR can "
                             "name another folder for them")
-        processes.print("compiling the kernels: about half a minute, in the first run only")
+        processes.print("compiling kernels: up to half a minute, in the first run only")
         compile_apart(run, precision)
         try:
             return run(precision)

@@ -161,3 +161,12 @@ def test_plot(tmp_path):
         "limit", "Tokens a second against tokens a step", "PyTorch, B=4, T=64", "llm.numba, B=4, T=64"))
     with pytest.raises(ValueError, match="HINT"):
         plot_bench.plot([{}], str(tmp_path / "plot.svg"))
+
+
+def test_plot_of_a_gpu(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"model": "d12", "B": 64, "T": 1024, "precision": "bf16", "ours": [115.2, 113.9], "flash": [141.0]}
+    plot_bench.plot([{"runs": [row, row | {"B": 16, "cudnn": [37.8]}], "gpu": "NVIDIA H100"}], str(tmp_path / "x.svg"))
+    drawn = (tmp_path / "x.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in (
+        "572k", "465k", "433k", "llm.numba", "PyTorch, flash attention", "NVIDIA H100; PyTorch was not measured"))
