@@ -43,6 +43,7 @@ from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import MODEL_MAGIC, read_header, require_numbers
 from dev.run.flags import parse_flags
 from dev.run.folder import Output, own_folder
+from dev.run.found import model_file
 from dev.run.machine import allow_amx, peak_memory, require_memory, shortest, threads_of
 from dev.run.multiple_choice import HELLASWAG, read_examples, score
 from dev.run.processes import ALONE, processes_of
@@ -957,6 +958,7 @@ def build(name, device="cpu", precision=None, processes=ALONE, **options):
     device: cpu, or another engine by the name of its module in dev/engine. precision: fp32, bf16; None = the engine's
     own choice. options: the engine's. Nothing is read, drawn or allocated before it is needed; errors: model_config's.
     """
+    name = model_file(name)
     config = model_config(name)
     weights = functools.partial(*(read_checkpoint, name) if is_checkpoint(name) else (init_random, config))
     engine = GPT2 if device == "cpu" else importlib.import_module(f"dev.engine.{device}").GPT2

@@ -22,6 +22,7 @@ import time
 from dev.run.arguments import Defaults, Parser
 from dev.run.console import lose, program, say
 from dev.run.flags import add_device
+from dev.run.found import model_file
 from dev.run.text import Sampler, generate, tokenizer_for
 from dev.run.vocabulary import own_vocabulary
 from train_gpt2 import build
@@ -32,7 +33,7 @@ def parse_flags(argv):
                     formatter_class=Defaults)
     flag = parser.add_argument
     flag("-e", "--model", default="data/gpt2_124M.bin",
-         help="a checkpoint, or a descriptor of random weights: d6, d12, of any shape gpt2:l4c256h4 …")
+         help="a checkpoint, a run's folder, or a descriptor of random weights: d6, d12, gpt2:l4c256h4 …")
     add_device(parser)
     flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
     flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")
@@ -63,6 +64,7 @@ def write_sample(tokenizer, tokens, end):
 
 def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
+    flags.model = model_file(flags.model)
     engine = build(flags.model, flags.device, flags.precision)
     config, own = engine.config, own_vocabulary(flags.model)
     tokenizer = own or tokenizer_for(config.vocab_size)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from dev.run.config import is_checkpoint, model_config
 from dev.run.files import HEADER_BYTES, check_size, open_file
+from dev.run.found import model_file, shards_of
 from dev.run.shard import read_shard_header
 from dev.run.text import Bytes
 
@@ -58,7 +59,14 @@ def vocabulary_in(path):
 
 def choose_data(flags, model):
     """Where -i and -j were left out and the default is not there, or not for this model, take what `make train` has
-    made. Returns the model's name, a descriptor with the vocabulary of the data."""
+    made. Returns the model's name: of a run's folder the newest checkpoint, a descriptor with the data's vocabulary."""
+    model = model_file(model)
+    if os.path.isdir(flags.input_bin):
+        if flags.input_val_bin == DEFAULT[1]:
+            flags.input_val_bin = flags.input_bin
+        flags.input_bin = shards_of(flags.input_bin, "train")
+        flags.note = f"data: {flags.input_bin}"
+    flags.input_val_bin = shards_of(flags.input_val_bin, "val")
     if (flags.input_bin, flags.input_val_bin) == DEFAULT and (os.path.isfile(model) or not is_checkpoint(model)):
         wanted = model_config(model).vocab_size if is_checkpoint(model) else None
         for train, val in ((path.format("train"), path.format("val")) for path in PLACES):

@@ -44,7 +44,7 @@ def parse_flags(argv):
     parser.add_argument("--help", action="help", help="show this help")
     parser.error = functools.partial(explain, parser.error)
     # data and model
-    flag("-i --input_bin", DEFAULT[0], "train shards, a glob pattern")
+    flag("-i --input_bin", DEFAULT[0], "train shards, a glob pattern or a folder")
     flag("-j --input_val_bin", DEFAULT[1], "validation shards, a glob pattern")
     flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768 or, "
          "of any shape, gpt2:l4c256h4: layers, channels, heads; after it t512: longest sequence, v300: vocabulary")

@@ -4,6 +4,7 @@ cut short, or replaced, while a run reads it, or a disk that fails. And the orde
 """
 import math
 import os
+import shlex
 
 import numpy as np
 
@@ -18,8 +19,24 @@ class DamagedBatch(ValueError):
 
 def read_shard_header(file, path):
     """(tokens, size of the vocabulary: 0 where that is left open, as in GPT-2's). ValueError where it is no shard"""
-    tokens, vocabulary = map(int, read_header(file, path, SHARD_MAGIC, (1,))[2:4])
+    try:
+        tokens, vocabulary = map(int, read_header(file, path, SHARD_MAGIC, (1,))[2:4])
+    except ValueError as error:
+        raise ValueError(f"{error}{origin(file, path)}") from error
     return tokens, vocabulary
+
+
+def origin(file, path):
+    """The hint for a file that is no shard: what it may be, and the command that makes shards of it"""
+    file.seek(0)
+    start, path = file.read(1024), shlex.quote(str(path))
+    if start.startswith(b"\x93NUMPY"):
+        return f"\n---> HINT: an array of NumPy's, as build-nanogpt's: python dev/data/import_tokens.py {path}"
+    if start and b"\0" not in start and start[:-3].decode(errors="ignore").encode() in start:
+        return f"\n---> HINT: it is text: python dev/data/text.py {path}"
+    if start and (np.frombuffer(start[:len(start) // 2 * 2], "<u2") < 50257).all():
+        return f"\n---> HINT: perhaps raw tokens, as nanoGPT's: python dev/data/import_tokens.py {path}"
+    return ""
 
 
 class Shard:

@@ -1,0 +1,27 @@
+"""
+What a name on the command line means: a run's folder is its newest checkpoint, a folder of shards those for training or
+validation; and what a file is that others' programs wrote.
+"""
+import os
+import shlex
+
+from dev.run.checkpoints import newest_checkpoint
+
+
+def model_file(name):
+    """The checkpoint, or the descriptor, that -e means. ValueError for a folder without a checkpoint"""
+    if not os.path.isdir(name):
+        return name
+    _, path = newest_checkpoint(name)
+    if path is None:
+        hint = "name a folder that a run's -o has named, or a checkpoint, .bin"
+        if os.path.isfile(os.path.join(name, "config.json")):
+            new = f"data/{os.path.basename(os.path.abspath(name))}.bin"
+            hint = f"{shlex.join(['python', '-m', 'dev.eval.import_hf', '-i', name, '-o', new])}, then -e {new}"
+        raise ValueError(f"{name} has no checkpoint of a run\n---> HINT: {hint}")
+    return path
+
+
+def shards_of(name, part):
+    """The pattern of the shards that -i or -j means: of a folder those with `part`, train or val, in their names"""
+    return os.path.join(name, f"*{part}*.bin") if os.path.isdir(name) else name

@@ -1,0 +1,101 @@
+"""What exists is found: a run's folder, a folder of shards, what other programs have written."""
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from dev import generate
+from dev.run.data import choose_data, tokens_in
+from dev.run.files import HEADER_BYTES
+from dev.run.flags import parse_flags
+from train_gpt2 import DataLoader
+
+
+@pytest.fixture
+def folder(make_shard, tmp_path, rng):
+    """A folder with a shard for training and one for validation; brackets are no pattern in a folder's name"""
+    folder = tmp_path / "my[1]shards"
+    folder.mkdir()
+    for part in "train", "val":
+        make_shard(folder / f"x_{part}_000000.bin", rng.integers(0, 300, 2000))
+    return folder
+
+
+def losses(text):
+    return [line.partition(" (took")[0] for line in text.splitlines() if "loss" in line]
+
+
+def test_folders_of_a_run_and_of_shards(train, folder, out, tmp_path):
+    data = f"-i {folder} -j {folder} -x 4 -v 2"
+    first = train(f"{data} -n 2")
+    assert f"data: {folder}/*train*.bin" in first and (out / "model_00000002.bin").exists()
+    named = train(f"-i {folder}/x_train_000000.bin -j {folder}/x_val_000000.bin -x 4 -v 2 -o {tmp_path}/b")
+    assert losses(first) == losses(named) and len(losses(first)) > 5
+    again = train(f"-e {out} {data} -o {tmp_path}/c")
+    assert losses(again) == losses(train(f"-e {out}/model_00000004.bin {data} -o {tmp_path}/d")) != losses(first)
+
+
+def test_validation_of_the_same_folder(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = parse_flags(["-i", folder.name])
+    choose_data(flags, "d6")
+    assert (flags.input_bin, flags.input_val_bin) == (f"{folder.name}/*train*.bin", f"{folder.name}/*val*.bin")
+
+
+def test_generate_from_a_run(really_train, folder, out, capfd):
+    really_train(f"-i {folder} -j {folder} -x 1")
+    assert generate.main(["-e", str(out), "-n", "5", "--past_end"]) == 0
+    assert "5 tokens in" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("files, words", [
+    ({}, "a folder that a run's -o has named"),
+    ({"config.json": b"{}"}, "python -m dev.eval.import_hf -i"),
+])
+def test_folders_without_a_checkpoint(train, tmp_path, files, words):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    assert words in train(f"-e {folder} -x 1", status=1)
+
+
+@pytest.mark.parametrize("name, save", [
+    ("train.bin", lambda path, x: x.astype("<u2").tofile(path)), ("train_0001.npy", lambda path, x: np.save(path, x))])
+def test_tokens_of_others(train, tmp_path, rng, name, save):
+    """The error names the command that makes shards of them, and the shards are their tokens."""
+    (tmp_path / "theirs").mkdir()
+    theirs, tokens = tmp_path / "theirs" / name, rng.integers(0, 50257, 3000).astype(np.uint16)
+    save(theirs, tokens)
+    error = train(f"-i {theirs} -x 1", status=1)
+    command = shlex.split(error.partition("python dev/data/import_tokens.py ")[2].splitlines()[0])
+    assert command == [str(theirs)]
+    script = [sys.executable, ROOT / "dev/data/import_tokens.py", "--data_dir", tmp_path / "ours", "-s", "1000"]
+    done = subprocess.run([*script, *command], capture_output=True, text=True)
+    assert done.returncode == 0 and "train with: -i " in done.stdout, done.stderr
+    ours = sorted((tmp_path / "ours" / "theirs").iterdir())
+    assert [tokens_in(path) for path in ours] == [1000] * 3
+    assert (np.concatenate([np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in ours]) == tokens).all()
+    assert DataLoader(str(ours[0].parent / "*train*.bin"), 2, 16).num_tokens == 3000
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"abc", "no file of uint16"), (np.full(9, 60000, "<u2").tobytes(), "the vocabulary has 50,257"),
+    (np.int32([20240520, 1, 2]).tobytes(), "a shard already")])
+def test_what_are_no_tokens(tmp_path, content, words):
+    (tmp_path / "x.bin").write_bytes(content)
+    done = subprocess.run([sys.executable, ROOT / "dev/data/import_tokens.py", tmp_path / "x.bin", "--data_dir",
+                           tmp_path / "ours"], capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("error:") == 1, done.stderr
+    assert not list((tmp_path / "ours").rglob("*.bin"))
+
+
+def test_text_as_data(tmp_path):
+    path = tmp_path / "x y.txt"
+    path.write_text("Once upon a time, déjà vu. " * 50)
+    with pytest.raises(ValueError, match=re.escape(f"it is text: python dev/data/text.py '{path}'")):
+        tokens_in(path)
