@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,7 +162,7 @@ def test_test_gpt2_compiles_in_two_processes_and_says_so(capfd, monkeypatch):
             raise compiling.Compiling
         raise RuntimeError("enough is known")
     monkeypatch.setattr(train_gpt2, "run_kernels", run_kernels)
-    start = lambda words, **more: asked.append(words[2]) or SimpleNamespace(wait=int)
+    start = lambda words, **more: asked.append(words[2]) or nullcontext(SimpleNamespace(wait=int))
     monkeypatch.setattr(compiling.subprocess, "Popen", start)
     with pytest.raises(RuntimeError, match="enough"):
         test_gpt2.check(*(str(ROOT / path) for path in test_gpt2.TINY))
