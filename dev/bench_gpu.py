@@ -5,10 +5,12 @@ How fast is a GPU's training step, and PyTorch's beside it? A table on the termi
     python -m dev.bench_gpu --torch                             beside compiled PyTorch, with flash and cuDNN attention
     python -m dev.bench_gpu --runs d24:16,d36:8 --torch         other models and batches
     python -m dev.bench_gpu --runs d12:16 --precision fp32      products in TF32
+    python dev/doc/plot_bench.py data/bench_gpu.json -o dev/doc/gpu.svg      the README's plot, from the file
 
 Every figure comes from a process of its own, one after another, on a card that nobody else uses. A step is what a
 training loop does: a fresh batch, forward, backward, the gradients' norm, clipping to 1, AdamW, and reading the loss.
-PyTorch has bfloat16 autocast (or TF32), fused AdamW and a vocabulary that is padded as ours is.
+PyTorch has bfloat16 autocast (or TF32), fused AdamW and a vocabulary that is padded as ours is. A product's ceiling is
+the card's peak, another kernel's the rate at which the card copies memory. Memory is all that the card has in use.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -22,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 
@@ -41,6 +44,15 @@ def measure(step, steps):
         step()
         times.append(time.perf_counter() - start)
     return times
+
+
+def copy_rate(gpu, size=256 << 20):
+    """Bytes a second that the card reads and writes where it copies so many"""
+    from cuda.bindings import runtime
+    source, target = (gpu.allocate(size) for _ in range(2))
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    ms = gpu.milliseconds(lambda: runtime.cudaMemcpyAsync(target, source, size, kind, gpu.stream), 10)
+    return 2 * size / ms * 1e3
 
 
 def ours(model, B, T, precision, steps):
@@ -75,9 +87,9 @@ def ours(model, B, T, precision, steps):
     with engine.kernel_times(record):
         step()
         engine.gpu.synchronize()
-    peak = engine.peak()
-    flops = B * T * engine.flops_per_token(T)
-    return {"times": times, "first": first, "kernels": kernels, "peak": peak, "flops": flops, "gpu": engine.gpu.name}
+    flops, (free, total) = B * T * engine.flops_per_token(T), engine.gpu.free_memory()
+    return {"times": times, "first": first, "kernels": kernels, "peak": engine.peak(), "flops": flops,
+            "memory": total - free, "copy": copy_rate(engine.gpu), "gpu": engine.gpu.name}
 
 
 def torch(attention, model, B, T, precision, steps):
@@ -113,7 +125,8 @@ def torch(attention, model, B, T, precision, steps):
         with torch.profiler.profile() as profile:
             step()
     names = {event.key for event in profile.key_averages() if "attention" in event.key and "backward" not in event.key}
-    return {"times": times, "version": torch.__version__, "attention": sorted(names)}
+    free, total = torch.cuda.mem_get_info()
+    return {"times": times, "version": torch.__version__, "attention": sorted(names), "memory": total - free}
 
 
 def worker(who, model, B, T, precision, steps):
@@ -124,11 +137,11 @@ def worker(who, model, B, T, precision, steps):
     print(json.dumps(result), file=answers, flush=True)
 
 
-def ask(who, *args):
-    """What a worker finds out; None, with a line about it, where it fails"""
+def ask(who, *args, **variables):
+    """What a worker finds out, with such variables in its environment; None, with a line about it, where it fails"""
     command = [sys.executable, os.path.abspath(__file__), "--worker", who, *map(str, args)]
     caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # they take one peer's attention for the other's
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | caches)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | caches | variables)
     if done.returncode == 0:
         return json.loads(done.stdout)
     reason = [line for line in done.stderr.splitlines() if line.strip()][-1:]
@@ -136,40 +149,69 @@ def ask(who, *args):
     return None
 
 
+def measure_start(model, B, T, precision):
+    """{what: seconds} from importing the trainer to the first step's loss: with nothing compiled, with everything"""
+    with tempfile.TemporaryDirectory() as cache:
+        found = {what: ask("ours", model, B, T, precision, 1, NUMBA_CACHE_DIR=cache, CUDA_CACHE_PATH=cache)
+                 for what in ("cold", "warm")}
+    return {what: result["first"] for what, result in found.items() if result}
+
+
+def describe(who, row, found):
+    """A line about what a worker found"""
+    ms, best, B, T = 1e3 * statistics.median(found["times"]), 1e3 * min(found["times"]), row["B"], row["T"]
+    line = f"{row['model']} B={B} T={T} {row['precision']} {who:10} median {ms:8.2f} ms, best {best:8.2f}, "
+    line += f"{B * T / ms * 1e3:10,.0f} tok/s, {found['memory'] / 2**30:.1f} GiB, "
+    if who == "ours":
+        return line + f"{100 * found['flops'] / ms / 1e-3 / found['peak']:.1f} % of {found['gpu']}'s peak"
+    return line + f"PyTorch {found['version']}: {' '.join(found['attention'])}"
+
+
+def kernel_lines(found):
+    """A line about each kernel of our step, the longest first: its time, and its rate beside its ceiling"""
+    kernels = sorted(found["kernels"].items(), key=lambda item: -item[1][0])
+    total = sum(ms for _, (ms, *_) in kernels)
+    for name, (ms, calls, flops, size) in kernels:
+        product, memory = (flops, "TFLOP/s", 1e12, found["peak"]), (size, "GB/s", 1e9, found["copy"])
+        done, unit, scale, ceiling = product if flops else memory
+        rate = done / ms * 1e3
+        yield (f"    {name:26}{calls:5} x {ms / calls:8.3f} ms = {ms:8.2f} ms {100 * ms / total:5.1f} % "
+               f"{rate / scale:8.0f} {unit}, {100 * rate / ceiling:3.0f} % of its ceiling")
+
+
+def compare(row, peers, flags):
+    """Measure one model and batch, ours before and after the peers, since a card gets warm; fills the row. Returns
+    {gpu: its name, torch: PyTorch's version}, as far as they are found out."""
+    about = {}
+    for who in "ours", *peers, *(("ours",) if peers else ()):
+        found = ask(who, row["model"], row["B"], row["T"], flags.precision, flags.steps)
+        if not found:
+            continue
+        row.setdefault(who, []).append(1e3 * statistics.median(found["times"]))
+        row.setdefault("memory", {})[who] = found["memory"]
+        if who == "ours":
+            about["gpu"], row["kernels"], lines = found["gpu"], found["kernels"], list(kernel_lines(found))
+        else:
+            about["torch"] = found["version"]
+        print(describe(who, row, found), flush=True)
+    for who in peers:
+        if who in row and "ours" in row:
+            ratio = min(row[who]) / statistics.mean(row["ours"])
+            print(f"    ours are {ratio:.3f} times as fast as PyTorch with {who}")
+    if "ours" in row and flags.kernels:
+        print("\n".join(lines))
+    return about
+
+
 def run(flags):
-    results = {"runs": []}
-    for name in flags.runs.split(","):
-        model, _, B = name.partition(":")
-        B, T = int(B), flags.sequence_length
-        peers = (PEERS if flags.precision == "bf16" else ("efficient",)) if flags.torch else ()
-        row = {"model": model, "B": B, "T": T, "precision": flags.precision}
-        for who in "ours", *peers, *(("ours",) if peers else ()):  # ours before and after, since a card gets warm
-            found = ask(who, model, B, T, flags.precision, flags.steps)
-            if not found:
-                continue
-            ms, best = 1e3 * statistics.median(found["times"]), 1e3 * min(found["times"])
-            row.setdefault(who, []).append(ms)
-            line = f"{model} B={B} T={T} {flags.precision} {who:10} median {ms:8.2f} ms, best {best:8.2f}, "
-            line += f"{B * T / ms * 1e3:10,.0f} tok/s"
-            if who == "ours":
-                results["gpu"] = found["gpu"]
-                line += f", {100 * found['flops'] / ms / 1e-3 / found['peak']:.1f} % of {found['gpu']}'s peak, "
-                line += f"first step after {found['first']:.1f} s"
-                kernels = found["kernels"]
-            else:
-                results["torch"] = found["version"]
-                line += f", PyTorch {found['version']}: {' '.join(found['attention'])}"
-            print(line, flush=True)
-        for who in peers:
-            if who in row and "ours" in row:
-                ratio = min(row[who]) / statistics.mean(row["ours"])
-                print(f"    ours are {ratio:.3f} times as fast as PyTorch with {who}")
-        if "ours" in row and flags.kernels:
-            total = sum(k[0] for k in kernels.values())
-            for kernel, (ms, calls, flops, size) in sorted(kernels.items(), key=lambda item: -item[1][0]):
-                rate = f"{flops / ms / 1e9:8.0f} TFLOP/s" if flops else f"{size / ms / 1e6:8.0f} GB/s"
-                each = f"{calls:5} x {ms / calls:8.3f} ms = {ms:8.2f} ms"
-                print(f"    {kernel:26}{each} {100 * ms / total:5.1f} % {rate}")
+    runs, results = [name.split(":") for name in flags.runs.split(",")], {"runs": []}
+    peers = (PEERS if flags.precision == "bf16" else ("efficient",)) if flags.torch else ()
+    results["start"] = measure_start(runs[0][0], int(runs[0][1]), flags.sequence_length, flags.precision)
+    for what, seconds in results["start"].items():
+        print(f"{runs[0][0]} B={runs[0][1]} first step after {seconds:.1f} s, {what}")
+    for model, B in runs:
+        row = {"model": model, "B": int(B), "T": flags.sequence_length, "precision": flags.precision}
+        results.update(compare(row, peers, flags))
         results["runs"].append(row)
     with open(flags.output, "w") as file:
         json.dump(results, file, indent=1)

@@ -185,7 +185,7 @@ class GPT2(Engine):
         width = -(-C // 256) * 32
         self.block = width, min(8, 1024 // width)  # whole warps for a row's channels; rows
         self.memory, self.capacity, self.acts = None, 0, None
-        self.plans, self.recompute = {}, 1
+        self.plans, self.recompute, self.batches = {}, 1, []  # batches: (inputs, targets, Loss) since the last update
         blocks, maxT, L = 4 * self.gpu.multiprocessors, config.max_seq_len, config.num_layers
         OC = 4 * C
         sums = max(blocks * 3 * C, max(blocks * 256 + OC, OC))
@@ -447,7 +447,10 @@ class GPT2(Engine):
         self.gpu.replay(("forward", B, T, train, scored, add and train), lambda: self.queue_forward(train, scored, add))
         self.rows, self.scored = inputs.size, inputs.shape if scored else None
         self.pending = train
-        return self.next_loss() if scored else None
+        loss = self.next_loss() if scored else None
+        if train:
+            self.batches[self.micro_batches:] = [(inputs.copy(), targets.copy(), loss)]
+        return loss
 
     def next_loss(self):
         """The loss that the queue has computed by then, on its way to the host"""
@@ -580,6 +583,30 @@ class GPT2(Engine):
 
     def grad_norm(self):
         self.check_order("grad_norm")
+        norm = self.norm()
+        if not math.isfinite(norm) and self.attention_of(self.shape[1]) == "cudnn":
+            norm = self.repeat(norm)
+        return norm
+
+    def repeat(self, norm):
+        """The step's norm, after its passes once more with our own attention: cuDNN's backward pass was seen to make
+        NaN of sound numbers. Then cuDNN goes on."""
+        batches, self.attention_name = list(self.batches), "own"
+        try:
+            self.free_activations()
+            self.forget()
+            for inputs, targets, loss in batches:
+                loss.value = float(self.forward(inputs, targets))
+                self.backward()
+            repeated = self.norm()
+            self.free_activations()
+        finally:
+            self.attention_name = "cudnn"
+        self.processes.print(f"the gradient's norm is {norm} with cuDNN's attention and {repeated:.4g} with our own, "
+                             "with which this step was repeated; --attention own does without cuDNN")
+        return repeated
+
+    def norm(self):
         squares = self.state.squares
         self.gpu.launch(k.sum_of_squares, squares.size, 512, squares, self.tensors["grads"].memory)
         self.gpu.fetch(squares, self.host_partial)

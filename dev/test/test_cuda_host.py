@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -386,6 +387,75 @@ def test_what_the_start_took(capsys):
     seconds, parts = re.fullmatch(r"GPU: ready after (\S+) s: (.*)\n", line).groups()
     parts = dict(part.rsplit(" ", 1) for part in parts.split(", "))
     assert float(parts["kernels"]) == 100 and sum(map(float, parts.values())) == pytest.approx(float(seconds), abs=0.5)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_step_is_repeated_without_cudnn(sound, monkeypatch, capsys):
+    """Where cuDNN's backward pass gives NaN, a step of two batches is that of our own attention; a run that has
+    diverged has no finite norm after that either."""
+    faulty, B, T = [], 2, 8
+    ours, cpu = engines(precision="bf16")
+    cuda = sys.modules[type(ours).__module__]
+
+    class CuDNN(cuda.Attention):
+        def backward(self, *args):
+            self.scale = np.float32(np.nan if faulty else self.hs**-0.5)
+            super().backward(*args)
+
+    def cudnn_attention(B, T, hs, train):
+        table = cuda.squares_table(SMALL.num_heads, T, ours.dtype)
+        squares = cuda.place(SimpleNamespace(), table, ours.gpu.allocate(cuda.bytes_of(table)))
+        attention = CuDNN(ours.gpu, ours.products, SMALL.num_heads, T, hs, list(vars(squares).values()))
+        return lambda: attention
+    monkeypatch.setattr(ours, "cudnn_attention", cudnn_attention)
+    ours.attention_name = "cudnn"
+    rng = np.random.default_rng(3)
+    for step in range(3):
+        faulty[:] = [True] * (step == 1)
+        if not sound and step == 1:
+            numpy_gpu.memory_at(ours.tensors["params"].lnfw.ptr, (1,), np.float32)[:] = np.nan
+            ours.round()
+        losses = []
+        for _ in range(2):
+            inputs, targets = rng.integers(37, size=(2, B, T), dtype=np.int32)
+            losses.append([engine.forward(inputs, targets) for engine in (ours, cpu)])
+            ours.backward()
+            cpu.backward()
+        norm, expected = ours.grad_norm(), cpu.grad_norm()
+        said = capsys.readouterr().out
+        if not sound and step == 1:
+            assert not np.isfinite(norm) and "and nan with our own" in said
+            break
+        assert norm == pytest.approx(expected, rel=2e-2) and ("the gradient's norm is nan" in said) == (step == 1)
+        assert [float(a) for a, _ in losses] == pytest.approx([float(b) for _, b in losses], rel=1e-2)
+        for engine in ours, cpu:
+            engine.update(step, 1e-3, norm=expected)
+    assert ours.attention_name == "cudnn"
+
+
+def test_weights_arrive_while_kernels_are_compiled(monkeypatch):
+    """They are drawn beside the first passes, and a step has them; what goes wrong there is said here."""
+    begun, table = threading.Event(), t.parameter_table(SMALL)
+
+    def draw(params):
+        assert begun.wait(30), "prepare() waits for the weights before it compiles"
+        weights(SMALL)(params)
+    ours, cpu = numpy_gpu.engine(SMALL, table, draw), t.GPT2(SMALL, table, weights(SMALL))
+    try_out = ours.try_out
+
+    def compile_first(*args):
+        try_out(*args)
+        begun.set()
+    monkeypatch.setattr(ours, "try_out", compile_first)
+    ours.prepare(2, 8)
+    np.testing.assert_array_equal(ours.host("params").memory, cpu.host("params").memory)
+    tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
+    assert float(ours.forward(tokens, tokens)) == pytest.approx(float(cpu.forward(tokens, tokens)), rel=1e-5)
+
+    def fail(params):
+        raise ValueError("the file is truncated")
+    with pytest.raises(ValueError, match="truncated"):
+        numpy_gpu.engine(SMALL, table, fail).prepare(2, 8)
 
 
 @pytest.mark.parametrize("name, bf16", [
