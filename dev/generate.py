@@ -18,6 +18,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
 import contextlib
 import sys
 import time
+from collections import Counter
 
 from dev.run.arguments import Defaults, Parser
 from dev.run.console import lose, program, say
@@ -50,16 +51,20 @@ def parse_flags(argv):
 
 
 def write_sample(tokenizer, tokens, end):
-    """Print tokens as they come, up to the end-of-text token (None: to the last). Returns how many there were."""
-    count = 0
+    """Print tokens as they come, up to the end-of-text token (None: to the last)."""
     tokenizer.reset()
     for token in tokens:
-        count += 1
         if token == end:
             break
         print(tokenizer.decode(token), end="", flush=True)
     print(tokenizer.decoder.decode(b"", True), flush=True)  # a character that was left incomplete
-    return count
+
+
+def counted(tokens, counter):
+    """The tokens, which counter["tokens"] counts as they come"""
+    for token in tokens:
+        counter["tokens"] += 1
+        yield token
 
 
 def run(flags):
@@ -80,16 +85,16 @@ def run(flags):
         memory = engine.prepare(1, config.max_seq_len, train=False)
         print(f"{flags.model}: {engine.num_parameters:,} parameters, {sum(memory.values()) / 2**20:,.0f} MiB of memory")
 
-    start, count = time.perf_counter(), 0
+    start, counter = time.perf_counter(), Counter()
     try:
         for sample in range(flags.samples):
             print("---\n" if sample else "", text, sep="", end="", flush=True)
-            tokens = generate(engine, sampler, prompt, flags.tokens)
-            count += write_sample(tokenizer, tokens, None if flags.past_end else end)
+            tokens = counted(generate(engine, sampler, prompt, flags.tokens), counter)
+            write_sample(tokenizer, tokens, None if flags.past_end else end)
     except BrokenPipeError:  # as in `| head`: nobody wants the rest
         lose(sys.stdout)
     finally:
-        seconds = time.perf_counter() - start
+        seconds, count = time.perf_counter() - start, counter["tokens"]
         say(f"\n{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tok/s", file=sys.stderr)
 
 

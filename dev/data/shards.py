@@ -115,11 +115,15 @@ class ShardWriter:
         if self.folder.is_dir():
             remove_temporary(self.folder, rf"{self.names()}|{re.escape(self.name)}\.progress\.json")
 
+    def complete(self):
+        """The paths of the complete shards with this name that are there"""
+        there = self.folder.iterdir() if self.folder.is_dir() else []
+        return [path for path in there if re.fullmatch(self.names(), path.name)]
+
     def remove_shards(self):
         """Remove the shards of an earlier run with this name, so that old and new ones never mix."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else []:
-            if re.fullmatch(self.names(), path.name):
-                path.unlink()
+        for path in self.complete():
+            path.unlink()
 
 
 # -----------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def files_of(path):
     if not path.exists():
         where = f": it is a link to {os.readlink(path)}" if path.is_symlink() else ""
         raise FileNotFoundError(f"no file or folder {path}{where}")
-    found, others = 0, 0
+    found, others = 0, []
     unread = lambda error: say(f"left out: {error.filename} ({error.strerror})")  # noqa: E731
     for folder, folders, names in os.walk(path, onerror=unread):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -98,7 +98,7 @@ def files_of(path):
         for name in sorted(n for n in names if not n.startswith(".")):
             file = Path(folder) / name
             if not named_like_text(name):
-                others += 1
+                others.append(os.path.relpath(file, path))
             elif not file.is_file():
                 say(f"left out: {file} ({'a link to nothing' if file.is_symlink() else 'no file'})")
             else:
@@ -108,7 +108,9 @@ def files_of(path):
         raise ValueError(f"no text files in {path}\n---> HINT: looked for {' '.join(EXTENSIONS)} .zip, also with "
                          f"{' '.join(PACKED)}; a file that is named is read whatever its ending")
     if others:
-        say(f"left out: {others:,} files in {path} that are not named like text (name those that are meant)")
+        some = ", ".join(shown(name) for name in others[:5]) + ", …" * (len(others) > 5)
+        say(f"left out: {len(others):,} files in {path} that are not named like text: {some} (name those "
+            "that are meant)")
 
 
 def default_name(path):

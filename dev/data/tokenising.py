@@ -123,7 +123,9 @@ def tokenize(stream, writers, job=None, tokenizer="gpt2", workers=None, fraction
     done = state["done"]  # {split: [complete shards, batches before the next token, its place in that batch]}
     full = max_shards is not None and all(d[0] >= max_shards for d in done.values())
     if state["complete"] or full:
-        say(f"{show(folder)} has all of it already\n---> HINT: to make it anew, delete {show(state_path)}")
+        say(f"{show(folder)} has all of it already; to make it anew, delete {show(state_path)}")
+        for writer in writers.values():
+            writer.shards = len(writer.complete())
         return
     for writer in writers.values():
         writer.remove_leftovers()

@@ -101,7 +101,7 @@ class Output:
             if run.step >= steps:
                 lines += ["the run has finished: no step is left\n---> HINT: a greater -x goes on from it"]
         elif self.folder and flags.resume:
-            lines += [f"no complete checkpoint in {self.folder}: starting from {flags.model}"]
+            lines += [f"no checkpoint in {self.folder} yet: starting from {flags.model}"]
         elif self.folder and complete_checkpoints(self.folder):
             lines += [f"starting anew in {self.folder}: the old run there goes when the first step has succeeded"]
         return lines

@@ -8,6 +8,7 @@ trap 'exit 130' INT  # otherwise Ctrl-C would only go on to the next one
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
 sweep=data/runs/sweep_lr
+rm -f $sweep/lr_*/main.log  # of an earlier sweep: what fails now is not ranked
 
 for lr in 1e-4 3e-4 1e-3 3e-3 1e-2; do
   python train_gpt2.py \
@@ -16,7 +17,7 @@ for lr in 1e-4 3e-4 1e-3 3e-3 1e-2; do
     -e "d6" -o $sweep/lr_$lr --overwrite 1 \
     -b 8 -t 64 -x 200 \
     -l $lr -u 20 -q 0.1 -c 0.1 --beta2 0.95 --grad_clip 1.0 \
-    -v 20 -m 20 -s 0 "$@" || echo "$lr failed"
+    -v 20 -m 20 -s 0 "$@" || { [ -f $sweep/lr_$lr/main.log ] || exit 1; echo "$lr failed"; }  # without a log: it never began
 done
 
 echo "validation loss at the end, best first:"

@@ -82,7 +82,7 @@ def test_a_limit_on_file_sizes(train, out):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(contents(out)) == ["main.log", "model_00000002.bin"]
-    assert "no complete checkpoint" in train("-x 4 -n 2 -y 1") and complete(out) == [2, 4]
+    assert "no checkpoint in" in train("-x 4 -n 2 -y 1") and complete(out) == [2, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

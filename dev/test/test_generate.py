@@ -97,6 +97,15 @@ def test_every_token_is_printed_at_once(run, with_words, monkeypatch, capsys):
     assert printed == ["<0>", "<1>", "<2>"]
 
 
+def test_what_was_written_counts_when_interrupted(tiny, with_words, monkeypatch, capsys):
+    def tokens(model, sampler, prompt, count):
+        yield from range(3)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generate, "generate", tokens)
+    assert generate.main(["-e", tiny]) == 1
+    assert "3 tokens in" in capsys.readouterr().err
+
+
 def test_standard_input(run, with_words, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
     status, out, _ = run("--prompt - -n 4 --temperature 0")

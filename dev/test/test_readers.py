@@ -277,7 +277,8 @@ def test_what_is_left_out_of_a_folder_is_said(call, tmp_path, capsys):
     for name in "a.txt", "b.json", "c.png", ".d.txt":
         (tmp_path / "in" / name).write_text("text")
     call(tmp_path / "in")
-    assert "left out: 2 files in " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: 2 files in " in said and "not named like text: b.json, c.png (" in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell's <(…)")

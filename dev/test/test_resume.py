@@ -54,7 +54,7 @@ def test_a_finished_run_goes_on(request, engine, out, tmp_path):
 
 
 def test_resume_without_a_checkpoint(train, out):
-    assert f"no complete checkpoint in {out}" in train("-x 1 -n 1 -y 1")
+    assert f"no checkpoint in {out} yet" in train("-x 1 -n 1 -y 1")
     assert complete(out) == [1]
 
 
@@ -72,7 +72,7 @@ def test_starting_anew_clears_old_checkpoints(train, out, monkeypatch):
         patch.setattr(NullEngine, "forward", killed)
         train("-x 6 -n 2 -v 1 --overwrite 1")
     assert complete(out) == [] and log(out) == log(out.with_name("anew"))[:3]
-    assert "no complete checkpoint" in train("-x 6 -n 2 -v 1 -y 1")
+    assert "no checkpoint in" in train("-x 6 -n 2 -v 1 -y 1")
     assert contents(out) == contents(out.with_name("anew"))
     assert "anew" in train("-x 1 --overwrite 1")
     assert complete(out) == [1] and len(log(out)) == 1

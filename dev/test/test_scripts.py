@@ -46,6 +46,21 @@ def test_there_are_scripts():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_sweep_without_data_stops_and_ranks_no_old_logs(tmp_path):
+    for place in ".venv/bin", "dev/scripts", "data/runs/sweep_lr/lr_1e-4":
+        (tmp_path / place).mkdir(parents=True)
+    shutil.copy(Path(__file__).parents[1] / "scripts/sweep_lr.sh", tmp_path / "dev/scripts")
+    old = tmp_path / "data/runs/sweep_lr/lr_1e-4/main.log"
+    old.write_text("s:0 tel:1.2345\n")
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/bash\necho run >> runs\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run(["bash", "dev/scripts/sweep_lr.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "1.2345" not in done.stdout and not old.exists()
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_script(script, commands):
     assert os.access(script, os.X_OK)
