@@ -10,7 +10,7 @@ import re
 from types import SimpleNamespace
 
 from dev.run.config import is_checkpoint, model_config
-from dev.run.files import HEADER_BYTES, check_size, open_file
+from dev.run.files import HEADER_BYTES, check_size, open_file, there
 from dev.run.found import model_file, shards_of
 from dev.run.shard import read_shard_header
 from dev.run.text import Bytes
@@ -24,6 +24,7 @@ DEFAULT = PLACES[0].format("train"), PLACES[0].format("val")  # of -i and -j
 
 def find_shards(pattern):
     """The files that a name or a glob pattern means; what exists is taken literally. FileNotFoundError without any"""
+    pattern = there(pattern)
     folder, name = os.path.split(pattern)
     folder = glob.escape(folder) if os.path.isdir(folder) else folder
     files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(os.path.join(folder, name)))
@@ -70,7 +71,8 @@ def choose_data(flags, model):
     if (flags.input_bin, flags.input_val_bin) == DEFAULT and (os.path.isfile(model) or not is_checkpoint(model)):
         wanted = model_config(model).vocab_size if is_checkpoint(model) else None
         for train, val in ((path.format("train"), path.format("val")) for path in PLACES):
-            fits = os.path.isfile(train) and (wanted is None or (vocabulary_in(train) == BYTES) == (wanted == BYTES))
+            file = there(train)
+            fits = os.path.isfile(file) and (wanted is None or (vocabulary_in(file) == BYTES) == (wanted == BYTES))
             if fits and train != DEFAULT[0]:
                 flags.input_bin, flags.input_val_bin, flags.note = train, val, f"data: {train}, which is there"
             if fits:

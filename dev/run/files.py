@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 
+from dev.run import TOP
 from dev.run.console import shown
 
 HEADER_BYTES = 1024
@@ -37,6 +38,12 @@ def plain_file(path):
     if kind_of(found) != "file":
         raise ValueError(f"{shown(path)} is a {kind_of(found)}, expected a file")
     return found.st_size
+
+
+def there(path):
+    """A path in data/, where the scripts put what they make: in the project where the current folder has no data/"""
+    at_home = not str(path).startswith("data/") or os.path.exists("data")
+    return path if at_home else os.path.join(TOP, path)
 
 
 def open_file(path):

@@ -6,10 +6,12 @@ import os
 import shlex
 
 from dev.run.checkpoints import newest_checkpoint
+from dev.run.files import there
 
 
 def model_file(name):
     """The checkpoint, or the descriptor, that -e means. ValueError for a folder without a checkpoint"""
+    name = there(name)
     if not os.path.isdir(name):
         return name
     _, path = newest_checkpoint(name)

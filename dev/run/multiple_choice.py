@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from dev.run.console import shown
-from dev.run.files import EVAL_MAGIC, read_header
+from dev.run.files import EVAL_MAGIC, read_header, there
 
 HELLASWAG = "data/hellaswag/hellaswag_val.bin"
 TOGETHER = 8  # completions in one forward pass, at most: a file cannot ask for more memory than that
@@ -16,6 +16,7 @@ TOGETHER = 8  # completions in one forward pass, at most: a file cannot ask for 
 def read_examples(path, vocab_size=65536):
     """[(context, completions, label)] of an evaluation set; texts are lists of tokens. ValueError for a damaged file,
     for one without examples, and for a token that is not in the model's vocabulary"""
+    path = there(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no evaluation set {shown(path)}\n"
                                 "---> HINT: python dev/data/hellaswag.py writes HellaSwag's")

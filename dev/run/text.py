@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from dev.run.console import CONTROL
-from dev.run.files import TOKENIZER_MAGIC, read_header
+from dev.run.files import TOKENIZER_MAGIC, read_header, there
 
 MOST_TOKENS = 1 << 20  # of a vocabulary; the largest in use have 256,000
 
@@ -20,6 +20,7 @@ class Tokenizer:
     def __init__(self, path="data/gpt2_tokenizer.bin"):
         self.tokens, self.eot_token = None, 50256
         self.reset()
+        path = there(path)
         if not os.path.isfile(path):
             return
         with open(path, "rb") as file:
@@ -74,8 +75,8 @@ def encode(text):
     if not text:
         return []
     import tiktoken
-    if os.path.isdir("data/.tiktoken"):
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data/.tiktoken")
+    if os.path.isdir(there("data/.tiktoken")):
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", there("data/.tiktoken"))
     try:
         return tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
     except OSError as error:

@@ -19,6 +19,7 @@ from null_engine import NullEngine
 from runs import SHARDS
 
 import train_gpt2
+from dev.run import files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -26,8 +27,10 @@ GUARD, UNTOUCHED = 17, np.float32(12345)  # 17: the arrays in between are not al
 
 
 @pytest.fixture(autouse=True)
-def undisturbed():
-    """One thread for every test. What main() sets in the process, its signal handlers, is put back."""
+def undisturbed(monkeypatch):
+    """One thread for every test, and no data but the current folder's. What main() sets in the process, its signal
+    handlers, is put back."""
+    monkeypatch.setattr(files, "TOP", os.devnull)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     numba.set_num_threads(1)
     yield

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 from dev import generate
-from dev.run.data import choose_data, tokens_in
+from dev.run import files
+from dev.run.data import DEFAULT, choose_data, find_shards, tokens_in
 from dev.run.files import HEADER_BYTES
 from dev.run.flags import parse_flags
 from train_gpt2 import DataLoader
@@ -52,15 +53,15 @@ def test_generate_from_a_run(really_train, folder, out, capfd):
     assert "5 tokens in" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("files, words", [
+@pytest.mark.parametrize("content, words", [
     ({}, "a folder that a run's -o has named"),
     ({"config.json": b"{}"}, "python -m dev.eval.import_hf -i"),
 ])
-def test_folders_without_a_checkpoint(train, tmp_path, files, words):
+def test_folders_without_a_checkpoint(train, tmp_path, content, words):
     folder = tmp_path / "model"
     folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    for name, text in content.items():
+        (folder / name).write_bytes(text)
     assert words in train(f"-e {folder} -x 1", status=1)
 
 
@@ -99,3 +100,17 @@ def test_text_as_data(tmp_path):
     path.write_text("Once upon a time, déjà vu. " * 50)
     with pytest.raises(ValueError, match=re.escape(f"it is text: python dev/data/text.py '{path}'")):
         tokens_in(path)
+
+
+def test_data_of_the_project_from_another_folder(make_shard, tmp_path, monkeypatch):
+    """as long as the current folder has no data/ of its own"""
+    (tmp_path / "project/data/tinyshakespeare").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    shard = tmp_path / "project" / DEFAULT[0]
+    make_shard(shard, [1, 2, 3])
+    monkeypatch.setattr(files, "TOP", str(tmp_path / "project"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find_shards(DEFAULT[0]) == [str(shard)]
+    assert files.there("data/x") == str(tmp_path / "project/data/x") and files.there("x") == "x"
+    (tmp_path / "elsewhere/data").mkdir()
+    assert files.there("data/x") == "data/x"
