@@ -36,3 +36,8 @@ if MISSING:
     raise SystemExit(f"error: {sys.executable} has no package {', '.join(MISSING)}\n---> HINT: `make train` or `python "
                      "dev/start.py` makes .venv, which has them: source .venv/bin/activate (Windows: "
                      ".venv\\Scripts\\activate); or: python -m pip install -r requirements.txt")
+
+THREADS = os.environ.get("NUMBA_NUM_THREADS", "1")
+if THREADS.lstrip("-").isdigit() and int(THREADS) < 1:  # what is no number Numba ignores, with a warning
+    raise SystemExit(f"error: NUMBA_NUM_THREADS={THREADS}, expected at least 1\n---> HINT: unset it; OMP_NUM_THREADS sets "
+                     "the number of threads")

@@ -91,3 +91,10 @@ def test_no_compiler_is_left_behind(python, flags, out, tmp_path, number, status
     while any(map(runs, compilers)):
         assert time.monotonic() < deadline, "compilers go on"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_no_threads(python, number):
+    process = python("train_gpt2.py", "--help", NUMBA_NUM_THREADS=number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.startswith(f"error: NUMBA_NUM_THREADS={number}, ") and out == ""
