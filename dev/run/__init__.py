@@ -39,5 +39,5 @@ if MISSING:
 
 THREADS = os.environ.get("NUMBA_NUM_THREADS", "1")
 if THREADS.lstrip("-").isdigit() and int(THREADS) < 1:  # what is no number Numba ignores, with a warning
-    raise SystemExit(f"error: NUMBA_NUM_THREADS={THREADS}, expected at least 1\n---> HINT: unset it; OMP_NUM_THREADS sets "
-                     "the number of threads")
+    raise SystemExit(f"error: NUMBA_NUM_THREADS={THREADS}, expected at least 1\n---> HINT: unset it; OMP_NUM_THREADS "
+                     "sets the number of threads")
