@@ -14,6 +14,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ def read_tokens(path):
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"{shown(path)} is an array of {tokens.dtype} {tokens.shape}, expected a list of integers")
+        if not len(tokens):
+            raise ValueError(f"{shown(path)} has no tokens")
         return tokens
     if size % 2 or not size or np.frombuffer(start[:4].ljust(4), "<i4")[0] == SHARD_MAGIC:
         raise ValueError(f"{shown(path)} is {'a shard already' if size and not size % 2 else 'no file of uint16'}")
@@ -53,8 +56,9 @@ def files_of(inputs):
 
 
 def write(writer, files, vocab_size):
-    """Write the tokens of files, one after another. ValueError where one is beyond the vocabulary"""
-    arrays = [read_tokens(file) for file in files]
+    """Write the tokens of files, one after another; returns the largest. ValueError where one is beyond the vocabulary
+    """
+    largest, arrays = 0, [read_tokens(file) for file in files]
     writer.remove_shards()
     for file, tokens in zip(files, arrays, strict=True):
         for first in range(0, len(tokens), PIECE):
@@ -62,9 +66,11 @@ def write(writer, files, vocab_size):
             if part.min() < 0 or part.max() >= vocab_size:
                 raise ValueError(f"{shown(file)}: tokens lie in {part.min()} … {part.max()}, and the vocabulary has "
                                  f"{vocab_size:,}\n---> HINT: are they tokens, and is --vocab_size right?")
+            largest = max(largest, int(part.max()))
             for _ in writer.write(part.astype(np.uint16)):
                 pass
     writer.finish()
+    return largest
 
 
 def main():
@@ -79,17 +85,22 @@ def main():
         parser.error("--vocab_size must be between 1 and 65536")
     files = files_of(args.input)
     name = args.name or files[0].resolve().parent.name
+    splits, largest = [], 0
     for split in "train", "val":
         chosen = [file for file in files if ("val" in file.name) == (split == "val")]
         writer = ShardWriter(args.data_dir / name, name, split, args.shard_size)
         writer.vocabulary = 0 if args.vocab_size == GPT2 else args.vocab_size
         if chosen:
+            splits.append(split)
             try:
-                write(writer, chosen, args.vocab_size)
+                largest = max(largest, write(writer, chosen, args.vocab_size))
             finally:
                 writer.discard()
-    folder = show(args.data_dir / name)
-    say(f"train with: -i {folder}")
+    if args.vocab_size == GPT2 and largest < 256:
+        say(f"note: the largest token is {largest}; where they are characters, say so: --vocab_size {largest + 1}")
+    folder = shlex.quote(show(args.data_dir / name))
+    said = {"train": f"-i {folder} -v 0", "val": f"-j {folder}"}
+    say(f"train with: {said[splits[0]] if len(splits) == 1 else f'-i {folder} -j {folder}'}")
 
 
 if __name__ == "__main__":

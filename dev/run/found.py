@@ -2,6 +2,7 @@
 What a name on the command line means: a run's folder is its newest checkpoint, a folder of shards those for training or
 validation; and what a file is that others' programs wrote.
 """
+import glob
 import os
 import shlex
 
@@ -25,5 +26,10 @@ def model_file(name):
 
 
 def shards_of(name, part):
-    """The pattern of the shards that -i or -j means: of a folder those with `part`, train or val, in their names"""
-    return os.path.join(name, f"*{part}*.bin") if os.path.isdir(name) else name
+    """The pattern of the shards that -i or -j means: of a folder those whose names end with `part`, train or val, and
+    a number of six digits; NAME_train.bin where there are none. What else is in a name says nothing."""
+    if not os.path.isdir(name):
+        return name
+    numbered = os.path.join(name, f"*_{part}_{'[0-9]' * 6}.bin")
+    some = glob.glob(os.path.join(glob.escape(name), os.path.basename(numbered)))
+    return numbered if some else os.path.join(name, f"*_{part}.bin")

@@ -29,13 +29,13 @@ def read_shard_header(file, path):
 def origin(file, path):
     """The hint for a file that is no shard: what it may be, and the command that makes shards of it"""
     file.seek(0)
-    start, path = file.read(1024), shlex.quote(str(path))
+    start, folder = file.read(1024), shlex.quote(os.path.dirname(path) or ".")
     if start.startswith(b"\x93NUMPY"):
-        return f"\n---> HINT: an array of NumPy's, as build-nanogpt's: python dev/data/import_tokens.py {path}"
+        return f"\n---> HINT: an array of NumPy's, as build-nanogpt's: python dev/data/import_tokens.py {folder}"
     if start and b"\0" not in start and start[:-3].decode(errors="ignore").encode() in start:
-        return f"\n---> HINT: it is text: python dev/data/text.py {path}"
+        return f"\n---> HINT: it is text: python dev/data/text.py {shlex.quote(str(path))}"
     if start and (np.frombuffer(start[:len(start) // 2 * 2], "<u2") < 50257).all():
-        return f"\n---> HINT: perhaps raw tokens, as nanoGPT's: python dev/data/import_tokens.py {path}"
+        return f"\n---> HINT: perhaps raw tokens, as nanoGPT's: python dev/data/import_tokens.py {folder}"
     return ""
 
 

@@ -8,7 +8,8 @@ trap 'exit 130' INT  # otherwise Ctrl-C would only go on to the next one
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
 sweep=data/runs/sweep_lr
-rm -f $sweep/lr_*/main.log  # of an earlier sweep: what fails now is not ranked
+start=$(mktemp)  # logs that are older are an earlier sweep's
+trap 'rm -f "$start"' EXIT
 
 for lr in 1e-4 3e-4 1e-3 3e-3 1e-2; do
   python train_gpt2.py \
@@ -17,11 +18,15 @@ for lr in 1e-4 3e-4 1e-3 3e-3 1e-2; do
     -e "d6" -o $sweep/lr_$lr --overwrite 1 \
     -b 8 -t 64 -x 200 \
     -l $lr -u 20 -q 0.1 -c 0.1 --beta2 0.95 --grad_clip 1.0 \
-    -v 20 -m 20 -s 0 "$@" || { [ -f $sweep/lr_$lr/main.log ] || exit 1; echo "$lr failed"; }  # without a log: it never began
+    -v 20 -m 20 -s 0 "$@" || { [ $sweep/lr_$lr/main.log -nt "$start" ] || exit 1; echo "$lr failed"; }  # it never began
 done
 
+runs=()
+for lr in 1e-4 3e-4 1e-3 3e-3 1e-2; do
+  [ $sweep/lr_$lr/main.log -nt "$start" ] && runs+=($sweep/lr_$lr)
+done
 echo "validation loss at the end, best first:"
-for log in $sweep/lr_*/main.log; do
-  echo "$(grep tel: "$log" | tail -n 1 | cut -d : -f 3) $(basename "$(dirname "$log")")"
+for run in "${runs[@]}"; do
+  echo "$(grep tel: $run/main.log | tail -n 1 | cut -d : -f 3) $(basename $run)"
 done | sort -n
-python dev/vislog.py $sweep/lr_* -o $sweep/sweep.png --title "Learning rates"
+python dev/vislog.py "${runs[@]}" -o $sweep/sweep.png --title "Learning rates"

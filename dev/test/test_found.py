@@ -13,6 +13,7 @@ from dev.run import files
 from dev.run.data import DEFAULT, choose_data, find_shards, tokens_in
 from dev.run.files import HEADER_BYTES
 from dev.run.flags import parse_flags
+from dev.run.found import shards_of
 from train_gpt2 import DataLoader
 
 
@@ -33,7 +34,7 @@ def losses(text):
 def test_folders_of_a_run_and_of_shards(train, folder, out, tmp_path):
     data = f"-i {folder} -j {folder} -x 4 -v 2"
     first = train(f"{data} -n 2")
-    assert f"data: {folder}/*train*.bin" in first and (out / "model_00000002.bin").exists()
+    assert f"data: {folder}/*_train_" in first and (out / "model_00000002.bin").exists()
     named = train(f"-i {folder}/x_train_000000.bin -j {folder}/x_val_000000.bin -x 4 -v 2 -o {tmp_path}/b")
     assert losses(first) == losses(named) and len(losses(first)) > 5
     again = train(f"-e {out} {data} -o {tmp_path}/c")
@@ -44,7 +45,16 @@ def test_validation_of_the_same_folder(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     flags = parse_flags(["-i", folder.name])
     choose_data(flags, "d6")
-    assert (flags.input_bin, flags.input_val_bin) == (f"{folder.name}/*train*.bin", f"{folder.name}/*val*.bin")
+    assert [find_shards(flags.input_bin), find_shards(flags.input_val_bin)] == [
+        [f"{folder.name}/x_{part}_000000.bin"] for part in ("train", "val")]
+
+
+@pytest.mark.parametrize("name", ["valley", "retrain", "x_val_2", "my_train"])
+@pytest.mark.parametrize("number", ["_000000", ""])
+def test_train_and_val_in_a_folder_s_name(make_shard, tmp_path, name, number):
+    for part in "train", "val":
+        make_shard(tmp_path / f"{name}_{part}{number}.bin", [1, 2, 3])
+        assert find_shards(shards_of(str(tmp_path), part)) == [str(tmp_path / f"{name}_{part}{number}.bin")]
 
 
 def test_generate_from_a_run(really_train, folder, out, capfd):
@@ -74,10 +84,10 @@ def test_tokens_of_others(train, tmp_path, rng, name, save):
     save(theirs, tokens)
     error = train(f"-i {theirs} -x 1", status=1)
     command = shlex.split(error.partition("python dev/data/import_tokens.py ")[2].splitlines()[0])
-    assert command == [str(theirs)]
+    assert command == [str(theirs.parent)]
     script = [sys.executable, ROOT / "dev/data/import_tokens.py", "--data_dir", tmp_path / "ours", "-s", "1000"]
     done = subprocess.run([*script, *command], capture_output=True, text=True)
-    assert done.returncode == 0 and "train with: -i " in done.stdout, done.stderr
+    assert done.returncode == 0 and re.search("train with: -i .* -v 0$", done.stdout, re.M), done.stderr
     ours = sorted((tmp_path / "ours" / "theirs").iterdir())
     assert [tokens_in(path) for path in ours] == [1000] * 3
     assert (np.concatenate([np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in ours]) == tokens).all()
@@ -114,3 +124,22 @@ def test_data_of_the_project_from_another_folder(make_shard, tmp_path, monkeypat
     assert files.there("data/x") == str(tmp_path / "project/data/x") and files.there("x") == "x"
     (tmp_path / "elsewhere/data").mkdir()
     assert files.there("data/x") == "data/x"
+
+
+def test_what_was_imported_is_trained_on_as_printed(train, tmp_path, rng):
+    """both files of a folder; tokens of characters are asked about"""
+    (tmp_path / "valley").mkdir()
+    for name, size in ("train.bin", 900), ("val.bin", 300):
+        rng.integers(0, 65, size).astype("<u2").tofile(tmp_path / "valley" / name)
+    done = subprocess.run([sys.executable, ROOT / "dev/data/import_tokens.py", tmp_path / "valley", "--data_dir",
+                           tmp_path / "ours"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--vocab_size 65" in done.stdout, done.stderr
+    said = train(f"{done.stdout.partition('train with: ')[2].strip()} -x 1 -v 1")
+    assert "train dataset num_batches: 56\nval dataset num_batches: 18\n" in said, said
+
+
+def test_an_empty_array(tmp_path):
+    np.save(tmp_path / "x.npy", np.empty(0, np.uint16))
+    done = subprocess.run([sys.executable, ROOT / "dev/data/import_tokens.py", tmp_path / "x.npy", "--data_dir",
+                           tmp_path / "ours"], capture_output=True, text=True)
+    assert done.returncode == 1 and "has no tokens" in done.stderr

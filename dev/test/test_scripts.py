@@ -56,7 +56,7 @@ def test_a_sweep_without_data_stops_and_ranks_no_old_logs(tmp_path):
     python.write_text("#!/bin/bash\necho run >> runs\nexit 1\n")
     python.chmod(0o755)
     done = subprocess.run(["bash", "dev/scripts/sweep_lr.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "1.2345" not in done.stdout and not old.exists()
+    assert done.returncode == 1 and "1.2345" not in done.stdout and old.read_text() == "s:0 tel:1.2345\n"
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
