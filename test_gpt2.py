@@ -132,7 +132,7 @@ def check_all(argv):
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--tf32", type=int, default=0, choices=(0, 1), help="on a GPU with fp32")
-    parser.add_argument("--attention", default="auto", choices=("auto", "cudnn", "own"), help="on a GPU")
+    parser.add_argument("--attention", default="auto", choices=("auto", "cudnn", "flash", "own"), help="on a GPU")
     args = parser.parse_args(argv)
     if len(args.files) not in (0, 2):
         parser.error("name a checkpoint and its debug state, or neither")

@@ -1,10 +1,11 @@
 """
 The engine for one NVIDIA GPU, see dev/run/engine.py: the same model as train_gpt2.py's GPT2, in the same order.
 
-Kernels are ours (cuda_kernels.py), products cublasLt's, attention cuDNN's or, where it has none, our own from products
-and a softmax. What products read is bfloat16, or float32 with --precision fp32; master weights, gradients, AdamW's
-moments, statistics, losses and all sums are float32. A step's work is queued on one stream without waiting for it: each
-piece the first time in the ordinary way, the second time recorded as a CUDA graph, which is replayed ever after.
+Kernels are ours (cuda_kernels.py), products cublasLt's. Attention is cuDNN's in bfloat16, our flash_attention.py's in
+TF32, and where there is neither, our own from products and a softmax. What products read is bfloat16, or float32 with
+--precision fp32; master weights, gradients, AdamW's moments, statistics, losses and all sums are float32. A step's work
+is queued on one stream without waiting for it: each piece the first time in the ordinary way, the second time recorded
+as a CUDA graph, which is replayed ever after.
 """
 import functools
 import importlib.util
@@ -82,7 +83,7 @@ class Loss:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention from batched products and a softmax, some heads at a time: in float32, and where cuDNN has none
+# attention from batched products and a softmax, some heads at a time: where there are no fused kernels
 
 def heads_together(NH, T):
     """How many heads' squares there are at a time: a divisor of NH"""
@@ -156,7 +157,8 @@ class Attention:
 # the model
 
 class GPT2(Engine):
-    """The engine for one NVIDIA GPU. tf32: 1 = float32 products are rounded to TF32. attention: cudnn, own, or auto"""
+    """The engine for one NVIDIA GPU. tf32: 1 = float32 products are rounded to TF32. attention: cudnn, flash, own, or
+    auto"""
 
     def __init__(self, config, table, weights, precision=None, processes=ALONE, tf32=1, attention="auto"):
         super().__init__(config, table, processes)
@@ -198,15 +200,16 @@ class GPT2(Engine):
         self.host_partial = self.gpu.pinned_memory(4 * blocks).view(np.float32)
 
     def choose_attention(self, wish):
-        """cudnn or own, by what is wished for, the precision, the card, and what is installed"""
-        found = installed("cudnn")
-        hs = self.config.channels // self.config.num_heads
-        fits = self.dtype == BF16 and self.gpu.capability >= (8, 0) and hs <= 128
-        if wish == "cudnn" and not (found and fits):
-            raise ValueError("--attention cudnn needs bfloat16, heads of at most 128 channels and "
-                             "nvidia-cudnn-frontend\n---> HINT: --attention own, or "
-                             "pip install -r dev/engine/requirements.txt")
-        return "cudnn" if fits and found and wish != "own" else "own"
+        """cudnn, flash or own, by what is wished for, the precision, the card, and what is installed"""
+        hs, fused = self.config.channels // self.config.num_heads, self.gpu.capability >= (8, 0)
+        fits = {"cudnn": fused and self.dtype == BF16 and hs <= 128 and installed("cudnn"),
+                "flash": fused and self.dtype == F32 and self.tf32 and hs % 16 == 0 and hs <= 64, "own": True}
+        needs = {"cudnn": "bfloat16, heads of at most 128 channels and nvidia-cudnn-frontend",
+                 "flash": "--precision fp32, -f 1 and heads of 16, 32, 48 or 64 channels"}
+        if not fits.get(wish, True):
+            raise ValueError(f"--attention {wish} needs {needs[wish]}\n---> HINT: --attention own" +
+                             ", or pip install -r dev/engine/requirements.txt" * (wish == "cudnn"))
+        return wish if wish in fits else next(name for name in fits if fits[name])
 
     def describe(self):
         major, minor = self.gpu.capability
@@ -283,6 +286,8 @@ class GPT2(Engine):
                       ("dfch", (BT, 4 * C), A)]
         if self.attention_of(T) == "own":
             table += squares_table(NH, T, A)
+        elif self.attention_of(T) == "flash" and train:
+            table += [("delta", (B, NH, T), F32)]
         return table
 
     def attention_of(self, T):
@@ -368,16 +373,24 @@ class GPT2(Engine):
                 self.capacity = bytes_of(table)
             acts = place(SimpleNamespace(B=B, T=T), table, self.memory)
             acts.batch = Buffer(self.memory, ((acts.place.ptr + 4 - self.memory) // 4,), I32)
-            hs = self.config.channels // self.config.num_heads
-            if self.attention_of(T) == "own":
-                squares = [getattr(acts, row[0]) for row in squares_table(self.config.num_heads, T, self.dtype)]
-                own = Attention(self.gpu, self.products, self.config.num_heads, T, hs, squares)
-                acts.attention = lambda: own
-            else:
-                acts.attention = self.cudnn_attention(B, T, hs, train)
+            acts.attention = self.make_attention(acts, train)
             self.plans[key] = acts
         self.acts = self.plans[key]
         return self.acts
+
+    def make_attention(self, acts, train):
+        """A function that returns a batch's attention: cuDNN's is waited for only then"""
+        B, T, NH = acts.B, acts.T, self.config.num_heads
+        hs, name = self.config.channels // NH, self.attention_of(T)
+        if name == "cudnn":
+            return self.cudnn_attention(B, T, hs, train)
+        if name == "flash":
+            from dev.engine import flash_attention
+            attention = flash_attention.Attention(self.gpu, B, NH, T, hs, acts.delta if train else None)
+        else:
+            squares = [getattr(acts, row[0]) for row in squares_table(NH, T, self.dtype)]
+            attention = Attention(self.gpu, self.products, NH, T, hs, squares)
+        return lambda: attention
 
     def cudnn_attention(self, B, T, hs, train):
         """A function that returns cuDNN's attention, whose plans a thread makes until it is called"""

@@ -27,6 +27,7 @@ GELU_SCALE, GELU_CUBIC = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715
 f32, i32 = ir.FloatType(), ir.IntType(32)
 v8f32, v4f32, v4i32, v8i32 = ir.VectorType(f32, 8), ir.VectorType(f32, 4), ir.VectorType(i32, 4), ir.VectorType(i32, 8)
 LANES = ir.Constant(v8i32, list(range(8)))
+TF32 = "{.reg .b32 x; cvt.rna.tf32.f32 x, $1; mov.b32 $0, x;}"  # rounds to the 10 bits that the tensor cores read
 
 
 class Vec8(types.Type):
@@ -138,6 +139,7 @@ def reduction(combine):
 
 
 exp2, sqrt = elementwise("ex2.approx.ftz.f32 $0, $1;"), elementwise("sqrt.rn.f32 $0, $1;")
+tf32 = elementwise(TF32)
 total = reduction(lambda builder, a, b: builder.fadd(a, b))
 largest = reduction(lambda builder, a, b: builder.call(
     ir.InlineAsm(ir.FunctionType(f32, [f32, f32]), "max.NaN.f32 $0, $1, $2;", "=f,f,f"), [a, b]))

@@ -95,7 +95,7 @@ def parse_flags(argv):
     add_device(parser)
     flag("--matmul", None, "on a CPU: products by our kernels or NumPy's BLAS", str, choices=("auto", "numba", "blas"))
     flag("-f --tf32", None, "on a GPU with fp32: products in TF32 (default: 1)", int, choices=(0, 1))
-    flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "own"))
+    flag("--attention", None, "on a GPU: cuDNN's kernels or our own", str, choices=("auto", "cudnn", "flash", "own"))
     flag("--log_every", 1, "print every so many steps; main.log keeps them all", least=1)
     flag("--profile", 0, "1: a table of the time in each kernel at the end", choices=(0, 1))
     # several processes

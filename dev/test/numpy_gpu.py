@@ -124,11 +124,11 @@ class Gpu:
         arrays = [memory_at(x.ptr, x.shape, x.dtype) if hasattr(x, "ptr") else x for x in args]
         assert not any(isinstance(x, float) for x in args), "a float would be a float64 on a GPU"
         names = kernel.py_func.__code__.co_varnames
-        work = lambda: self.work(name, names, arrays, grid, block, shared)
+        work = lambda: self.work(kernel.py_func, arrays, grid, block, shared)
         self.timed(name, dict(zip(names, args)), lambda: self.queue(work))
 
-    def work(self, name, names, arrays, grid, block, shared):
-        getattr(Kernels, name)(*arrays)
+    def work(self, function, arrays, grid, block, shared):
+        getattr(Kernels, function.__name__)(*arrays)
 
     def call(self, name, function, *args, **keywords):
         self.timed(name, {"arguments": args}, lambda: function(*args, **keywords))
@@ -203,8 +203,15 @@ class Products:
         self.gpu.queue(lambda: put(y, get(a.copy()) @ get(b.copy())))
 
 
+def gradient_of_attention(dout, qkv, T, NH):
+    """of qkv (B*T, 3*C)"""
+    sequences = [get(x).reshape(-1, T, x.shape[1]) for x in (dout, qkv)]
+    return formulas.attention_gradient(*sequences, NH).reshape(qkv.shape)
+
+
 class Kernels:
-    """By the names and with the arguments of dev/engine/cuda_kernels.py, whose comments say what they are"""
+    """By the names and with the arguments of dev/engine/cuda_kernels.py and flash_attention.py, whose comments say what
+    they are"""
 
     def encoder_forward(out, inp, wte, wpe, place, T, C):
         put(out, get(wte)[inp] + get(wpe)[place[0] + np.arange(inp.size) % T])
@@ -255,6 +262,17 @@ class Kernels:
         put(dscores, 0.0)
         put(probs[:, :, :T], p)
         put(dscores[:, :, :T], p * (d - (p * d).sum(-1, keepdims=True)) * scale)
+
+    def flash_forward(out, lse, qkv, T, C, scale):
+        y, lse[:], _ = formulas.attention(qkv.reshape(-1, T, 3 * C), lse.shape[1])
+        put(out, y.reshape(out.shape))
+
+    def flash_dq(dqkv, delta, dout, out, lse, qkv, T, C, scale):
+        dqkv[:, :C] = gradient_of_attention(dout, qkv, T, delta.shape[1])[:, :C]
+        delta[:] = (get(dout) * get(out)).reshape(-1, T, delta.shape[1], C // delta.shape[1]).sum(-1).swapaxes(1, 2)
+
+    def flash_dkv(dqkv, delta, dout, lse, qkv, T, C, scale):
+        dqkv[:, C:] = gradient_of_attention(dout, qkv, T, delta.shape[1])[:, C:]
 
     def keep_keys(keys, values, qkv, place, C):
         T = len(qkv)
