@@ -65,9 +65,9 @@ def test_bytes_of_the_order_after(shards, batches):
         order.draw()
     state = loader.state()
     assert b"".join(bytes(array) for array in checkpoints.pack_order(state)) == pack(order)
-    assert (state["shard_index"], state["sample_index"]) == (order.shard, order.sample)
+    assert (state["shard_index"], state["taken"]) == (order.shard, 16 * order.sample)
     another = DataLoader(shards, 2, 8, should_shuffle=True)
-    another.restore({"shard_index": order.shard, "sample_index": order.sample,
+    another.restore({"shard_index": order.shard, "taken": 16 * order.sample, "sample_tokens": 16,
                      **checkpoints.unpack_order(pack(order), len(SHARDS))})
     for _ in range(60):
         assert (np.stack(another.next_batch()) == np.stack(loader.next_batch())).all()
@@ -195,4 +195,4 @@ def test_the_same_tokens_in_a_batch_of_another_shape(really_train, out, shards):
         loader.next_batch()
     state = (out / "state_00000005_00000.bin").read_bytes()
     assert state[1024 + 8 * N:] == pack(order)
-    assert loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]
+    assert loader.taken // 16 == order.sample == struct.unpack_from("<Q", state, 128)[0]
