@@ -32,7 +32,7 @@ from dev.run.files import (
 )
 from dev.run.reading import read_json, reading, reason
 from dev.run.schedule import Outliers
-from dev.run.shard import added_shards
+from dev.run.shard import check_shards
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
@@ -249,7 +249,7 @@ def read_run_checkpoint(folder, step, run):
                              f"cannot go on from them as it was\n---> HINT: -e {model_path} begins another one")
         order = file.read()
     try:
-        added = added_shards(loader, more["shard_tokens"], more.get("shards"))
+        check_shards(loader, more["shard_tokens"], more.get("shards"))
     except ValueError as error:
         raise ValueError(f"{run_path}: {error}\n---> HINT: resume with the data (-i) that the run began with, others "
                          f"may come after them; or {ANEW}") from error
@@ -281,7 +281,7 @@ def read_run_checkpoint(folder, step, run):
     run.settings["-e"] = before["-e"]
     if size != loader.B * loader.T:
         run.data += f"on with the next token, in samples of {size:,} as before",
-    if added:
+    if order and (added := len(loader.files) - int.from_bytes(order[:8], "little")):
         run.data += f"{added} more shard{'s' * (added > 1)} at the end of this epoch",
     run.step, run.resumed = step, (step, "coins" not in more)
     run.earlier = step, more.get("tokens", step * run.settings["-d"])

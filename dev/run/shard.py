@@ -88,9 +88,9 @@ class Shard:
         self.file.close()
 
 
-def added_shards(loader, tokens, names):
-    """How many shards a loader has beyond those of a run, which have so many tokens each and these names (None: not
-    known). ValueError where they are not its first ones. As many with other names are taken for the same, renamed."""
+def check_shards(loader, tokens, names):
+    """ValueError where the shards of a run, which have so many tokens each and these names (None: not known), are not a
+    loader's first ones. As many with other names are taken for the same, renamed."""
     shards = list(zip(map(os.path.basename, loader.files), loader.shard_tokens))
     if len(shards) < len(tokens):
         raise ValueError(f"the run had {len(tokens)} shards, now there are {len(shards)}")
@@ -100,7 +100,6 @@ def added_shards(loader, tokens, names):
         if (was, old) != (name, now):
             raise ValueError(f"{shown(name)} of {now:,} tokens is where the run had {shown(was)} of {old:,}: more "
                              "shards can only come after all others")
-    return len(shards) - len(tokens)
 
 
 def samples_of(size, shard_tokens):
