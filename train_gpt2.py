@@ -50,7 +50,7 @@ from dev.run.processes import ALONE, processes_of
 from dev.run.random_weights import draw, init_random
 from dev.run.report import Report
 from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
-from dev.run.shard import Shard, is_order, shuffle
+from dev.run.shard import DamagedBatch, Shard, check_state, samples_of, shuffle
 from dev.run.step import micro_batches, rescued
 from dev.run.stop import Stop
 from dev.run.text import Sampler, generate, tokenizer_for
@@ -1287,31 +1287,30 @@ def run_kernels(precision, attention_first=False):
 class DataLoader:
     """Batches of (B, T) tokens from one or several shards, in llm.c's order.
 
-    A shard is cut into samples of B*T tokens per process. Shuffled, each epoch visits the shards in a random order and
-    the samples of each shard in a random order. Shards may have any size; one that is too small for a batch is passed
-    over. What cannot be trained on is a DamagedBatch, after which the next one can be had.
+    A shard is cut into samples of B*T tokens. Shuffled, each epoch visits the shards in a random order and the samples
+    of each shard in a random order. Shards may have any size; one that is too small for a sample is passed over. What
+    cannot be trained on is a DamagedBatch, after which the next one can be had. A loader that goes on where another was
+    keeps its samples: batches of another size take the same tokens in the same order.
 
     pattern: a file name, or a glob pattern; what exists is taken literally. vocab_size: a token beyond it is an error.
     Raises FileNotFoundError where nothing matches, ValueError for a damaged file or too little data for one batch.
     """
 
-    def __init__(self, pattern, B, T, process_rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
+    def __init__(self, pattern, B, T, should_shuffle=False, vocab_size=None):
         if B < 1 or T < 1:
             raise ValueError(f"batch size and sequence length must be at least 1, not {B} and {T}")
-        self.B, self.T, self.rank, self.processes, self.vocab_size = B, T, process_rank, num_processes, vocab_size
+        self.B, self.T, self.vocab_size, self.sample_tokens = B, T, vocab_size, B * T
         self.files = find_shards(pattern)
         self.shard_tokens, self.shard = [tokens_in(path, vocab_size) for path in self.files], None
         self.num_tokens = sum(self.shard_tokens)
-        self.num_batches = sum(map(self.samples_in, range(len(self.files))))
+        self.samples = samples_of(B * T, self.shard_tokens)
+        self.num_batches = sum(self.samples)
         if not self.num_batches:
-            raise ValueError(f"{pattern}: no shard has the {num_processes * B * T + 1:,} tokens of a batch; the "
-                             f"largest has {max(self.shard_tokens):,}\n---> HINT: use a smaller -b or -t")
+            raise ValueError(f"{pattern}: no shard has the {B * T + 1:,} tokens of a batch; the largest has "
+                             f"{max(self.shard_tokens):,}\n---> HINT: use a smaller -b or -t")
         self.random = np.random.RandomState(42) if should_shuffle else None
         self.shard_order = np.arange(len(self.files), dtype=np.int32)
         self.reset()
-
-    def samples_in(self, shard):
-        return max(0, self.shard_tokens[shard] - 1) // (self.processes * self.B * self.T)
 
     def reset(self):
         """Begin an epoch"""
@@ -1321,52 +1320,63 @@ class DataLoader:
 
     def open_shard(self, index, order=None):
         """Go to the start of the shard that is number `index` in this epoch. order: of its samples; None: a new one"""
-        self.shard_index, self.sample_index = index, 0
+        self.shard_index, self.taken = index, 0  # taken: tokens of this shard that were in batches
         number = self.shard_order[index]
         if self.shard:
             self.shard.close()
         self.shard = Shard(self.files[number], self.shard_tokens[number], self.vocab_size)
-        self.sample_order = range(self.samples_in(number)) if order is None else order
+        self.sample_order = range(self.samples[number]) if order is None else order
         if self.random and order is None:
             self.sample_order = shuffle(np.arange(len(self.sample_order), dtype=np.int32), self.random)
             self.generator = self.random.get_state()[1:3]  # key and position, until the next shard
 
+    def pieces(self, left):
+        """Go on by so many tokens. Yields (the first one's position, how many) for each sample that they are of."""
+        while left:
+            while self.taken >= len(self.sample_order) * self.sample_tokens:
+                if self.shard_index + 1 < len(self.files):
+                    self.open_shard(self.shard_index + 1)
+                else:
+                    self.reset()
+            sample, offset = divmod(self.taken, self.sample_tokens)
+            count = min(left, self.sample_tokens - offset)
+            self.taken, left = self.taken + count, left - count
+            yield int(self.sample_order[sample]) * self.sample_tokens + offset, count
+
     def next_batch(self, read=True):
         """The next (inputs, targets), (B, T) int32; targets are inputs one token later. read: False passes it over."""
-        while self.sample_index >= len(self.sample_order):
-            if self.shard_index + 1 < len(self.files):
-                self.open_shard(self.shard_index + 1)
-            else:
-                self.reset()
-        start = (int(self.sample_order[self.sample_index]) * self.processes + self.rank) * self.B * self.T
-        self.sample_index += 1
-        if not read:
-            return None
-        tokens = self.shard.read(start, self.B * self.T + 1).astype(np.int32)
-        return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
+        parts, damage = [], None
+        for start, count in self.pieces(self.B * self.T):  # one, where a batch is a sample
+            try:
+                parts += [self.shard.read(start, count + 1)] if read else []
+            except DamagedBatch as error:  # the batch's other pieces are passed over
+                damage = error
+        if damage:
+            raise damage
+        if read:
+            inputs, targets = np.concatenate([(part[:-1], part[1:]) for part in parts], axis=1, dtype=np.int32)
+            return inputs.reshape(self.B, self.T), targets.reshape(self.B, self.T)
 
     def state(self):
-        """Where this loader is, for restore(): indices, and where it shuffles the present orders and its generator"""
-        state = {"shard_index": self.shard_index, "sample_index": self.sample_index}
+        """Where this loader is, for restore(): numbers, and where it shuffles the present orders and its generator"""
+        state = {"shard_index": self.shard_index, "taken": self.taken, "sample_tokens": self.sample_tokens}
         if self.random:
             state |= {"shard_order": self.shard_order.copy(), "sample_order": self.sample_order,
                       "generator": self.generator}
         return state
 
     def restore(self, state):
-        """Go to where state() was called. ValueError where it is not a state of these shards in such batches"""
-        shards, index, shuffled = len(self.files), state["shard_index"], "generator" in state
-        order = np.array(state["shard_order"] if shuffled else self.shard_order)
-        fits = shuffled == (self.random is not None) and 0 <= index < shards and is_order(order, shards)
-        samples = self.samples_in(order[index]) if fits else 0
-        if not fits or shuffled and not is_order(state["sample_order"], samples) or state["sample_index"] > samples:
-            raise ValueError("the order of its batches, or its place in it, is not one of this data")
-        self.shard_order = order
-        self.open_shard(index, state.get("sample_order"))
-        if shuffled:
+        """Go to where state() was called, perhaps in batches of another size. ValueError where it is not a state of
+        these shards, or where the T tokens of a sequence would come from two samples"""
+        check_state(state, self.shard_tokens, self.T, self.random is not None)
+        self.sample_tokens = state["sample_tokens"]
+        self.samples = samples_of(self.sample_tokens, self.shard_tokens)
+        self.shard_order = np.array(state.get("shard_order", self.shard_order))
+        self.open_shard(state["shard_index"], state.get("sample_order"))
+        self.taken = state["taken"]
+        if self.random:
             self.generator = state["generator"]
             self.random.set_state(("MT19937", *self.generator))
-        self.sample_index = state["sample_index"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

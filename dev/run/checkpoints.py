@@ -32,11 +32,13 @@ from dev.run.files import (
 )
 from dev.run.reading import read_json, reading, reason
 from dev.run.schedule import Outliers
+from dev.run.shard import check_shards
 from dev.run.stop import CutShort
 from dev.run.text import Sampler
 
 RUN = {"tokens_per_batch": int, "shard_tokens": [int], "windows": [[float], [float]], "zero_stage?": int,
-       "model?": str, "coins?": int, "flags?": {"-e?": str}, "tokens?": int, "sums?": {str: int}}  # in a run_*.json
+       "model?": str, "coins?": int, "flags?": {"-e?": str}, "tokens?": int, "sums?": {str: int},
+       "shards?": [str], "offset?": int}  # in a run_*.json
 ANEW = "begin anew with --overwrite 1 instead of -y 1"  # the end of hints
 
 
@@ -51,6 +53,7 @@ class Run:
     step: int = 0
     earlier: tuple = (0, 0)  # steps and tokens of the run that it goes on from
     changed: tuple = ()      # the settings that are others than that run's
+    data: tuple = ()         # how its data go on where batches or shards are others than that run's, in words
     coins: int = None   # while validation and samples of this step are not over: the sampler's state before them
     resumed: tuple = None  # the step of the checkpoint that it goes on from, and whether they were over there
     place: dict = None  # the loader's state at the step's beginning; None while an update changes the weights
@@ -146,13 +149,15 @@ def write_run_checkpoint(folder, run, master=0):
     header = new_header(STATE_MAGIC, 1, processes.size, processes.rank, master, "generator" in state)
     header[10] = run.step
     header[20:24].view(np.uint64)[:] = run.sampler.state if run.coins is None else run.coins
-    header[30:34].view(np.uint64)[:] = state["shard_index"], state["sample_index"]
+    sample, offset = divmod(state["taken"], state["sample_tokens"])
+    header[30:34].view(np.uint64)[:] = state["shard_index"], sample
     weights = [piece for _, pieces in pieces_of(engine) for piece in pieces] if master else []
     moments = engine.host("m").memory, engine.host("v").memory
     sums[processes.rank] = write_file(state_path, header, *moments, *weights, *pack_order(state))
     names = [checkpoint_files(folder, run.step, rank)[2] for rank in range(processes.size)] + [model_path]
     sums = processes.sum(sums).tolist()  # so every process has written its state
-    more = {"tokens_per_batch": run.loader.B * run.loader.T, "shard_tokens": run.loader.shard_tokens,
+    more = {"tokens_per_batch": state["sample_tokens"], "offset": offset, "shard_tokens": run.loader.shard_tokens,
+            "shards": list(map(os.path.basename, run.loader.files)),
             "windows": [list(window) for window in run.outliers.windows], "zero_stage": processes.zero_stage,
             "flags": run.settings, "tokens": run.tokens, "sums": dict(zip(map(os.path.basename, names), sums))}
     if run.coins is not None:
@@ -185,12 +190,16 @@ def pack_order(state):
 
 
 def unpack_order(data, shards):
-    """What pack_order() made, from its bytes, as entries of a loader's state. ValueError where they make no sense"""
+    """What pack_order() made, from its bytes, as entries of a loader's state. ValueError where they make no sense
+
+    shards: how many there are now. More than then come after the others of this epoch."""
     words = np.frombuffer(data[:len(data) // 4 * 4], np.uint32)
     left, position = words[-628:-626].tolist() if len(words) > 630 else (0, 0)
     if left != 1 and not (0 < position < 625 and left + position == 625):
         raise ValueError("its generator's state is damaged")
-    shard_order, sample_order = (part.astype(np.int32) for part in (words[2:2 + shards], words[4 + shards:-630]))
+    count = int(words[:2].view(np.uint64)[0])
+    shard_order, sample_order = (part.astype(np.int32) for part in (words[2:2 + count], words[4 + count:-630]))
+    shard_order = np.append(shard_order, np.arange(min(count, shards), shards, dtype=np.int32))
     return {"shard_order": shard_order, "sample_order": sample_order,
             "generator": (words[-626:-2], 624 if left == 1 else position)}
 
@@ -218,10 +227,10 @@ def read_run_checkpoint(folder, step, run):
     """Restore all that write_run_checkpoint saved but the weights. ValueError where it is damaged or does not fit."""
     engine, loader, processes = run.engine, run.loader, run.engine.processes
     done, model_path, _, run_path = checkpoint_files(folder, step)
-    data = loader.B * loader.T, loader.shard_tokens
-    found, more = read_run_json(run_path, data)
+    more = read_run_json(run_path, loader)
+    size, offset = more["tokens_per_batch"], more.get("offset", 0)
     stage = more.get("zero_stage", processes.zero_stage)
-    fit = f"---> HINT: resume with the model, the data (-i), -b and -t that the run began with, or {ANEW}"
+    fit = f"---> HINT: resume with the model, the data (-i), -a, -b and -t that the run began with, or {ANEW}"
     state_path = choose_state(folder, step, stage, processes)
     check_sums(folder, more.get("sums", {}), model_path, state_path)
     with open(state_path, "rb") as file:
@@ -239,10 +248,18 @@ def read_run_checkpoint(folder, step, run):
             raise ValueError(f"{model_path} holds weights rounded to bfloat16, and {state_path} no float32 ones: a run "
                              f"cannot go on from them as it was\n---> HINT: -e {model_path} begins another one")
         order = file.read()
-    if found != data:
-        raise ValueError(f"{run_path}: the run had {found[0]} tokens in a batch and shards of {found[1]} tokens; "
-                         f"now there are {data[0]} and {data[1]}\n{fit}")
-    state = dict(zip(("shard_index", "sample_index"), map(int, header[30:34].view(np.uint64))))
+    try:
+        check_shards(loader, more["shard_tokens"], more.get("shards"))
+    except ValueError as error:
+        raise ValueError(f"{run_path}: {error}\n---> HINT: resume with the data (-i) that the run began with, others "
+                         f"may come after them; or {ANEW}") from error
+    if size % loader.T or offset % loader.T:
+        fits = next(T for T in range(loader.T, 0, -1) if size % T == offset % T == 0)
+        raise ValueError(f"{run_path}: the run's samples have {size:,} tokens, the one where it stopped has "
+                         f"{size - offset:,} left: -t {loader.T} does not divide both\n---> HINT: -t {fits} goes on, "
+                         "with any -b")
+    shard, sample = map(int, header[30:34].view(np.uint64))
+    state = {"shard_index": shard, "taken": sample * size + offset, "sample_tokens": size}
     try:
         if bool(header[5]) != bool(order):
             raise ValueError("its header and its size disagree about whether batches are shuffled")
@@ -262,6 +279,10 @@ def read_run_checkpoint(folder, step, run):
     before = {"-e": more.get("model", run.settings["-e"])} | more.get("flags", {})
     run.changed = tuple(name for name, value in run.settings.items() if before.get(name, value) != value)
     run.settings["-e"] = before["-e"]
+    if size != loader.B * loader.T:
+        run.data += f"on with the next token, in samples of {size:,} as before",
+    if order and (added := len(loader.files) - int.from_bytes(order[:8], "little")):
+        run.data += f"{added} more shard{'s' * (added > 1)} at the end of this epoch",
     run.step, run.resumed = step, (step, "coins" not in more)
     run.earlier = step, more.get("tokens", step * run.settings["-d"])
 
@@ -301,10 +322,10 @@ def require_sound(run, where, hint):
             raise ValueError(f"{where}: not all of {what} are finite numbers: training has diverged\n{hint}")
 
 
-def read_run_json(path, data):
-    """(tokens in a batch, tokens of the shards), all that a run_*.json holds; `data` and no windows without the file"""
+def read_run_json(path, loader):
+    """All that a run_*.json holds; without the file, no windows, and data as they are now"""
     if not os.path.exists(path):  # a checkpoint of llm.c has none
-        return data, {"windows": []}
+        return {"tokens_per_batch": loader.B * loader.T, "shard_tokens": loader.shard_tokens, "windows": []}
     hint = "remove it to go on without what it holds: the last 128 losses and gradient norms"
     run = read_json(path, RUN, hint)
     with reading(path, hint):  # halves of surrogate pairs name no file
@@ -312,11 +333,14 @@ def read_run_json(path, data):
     if not 0 < run.get("coins", 1) < 1 << 64:
         raise ValueError(f"{path}: coins is {shown(run['coins'], 60)}, which is no state of the sampler\n"
                          f"---> HINT: {hint}")
+    if not 0 <= run.get("offset", 0) < run["tokens_per_batch"]:
+        raise ValueError(f"{path}: a place {run.get('offset', 0)} tokens into a sample of {run['tokens_per_batch']} "
+                         f"makes no sense\n---> HINT: {hint}")
     run["windows"] = [[float(value) for value in window] for window in run["windows"]]
     largest = max((abs(value) for window in run["windows"] for value in window), default=0)
     if largest > 1e30:  # whose square is no number any more, when a loss is compared with them
         raise ValueError(f"{path}: a loss or a norm of {largest:.0e} makes no sense\n---> HINT: {hint}")
-    return (run["tokens_per_batch"], run["shard_tokens"]), {"zero_stage": 0} | run
+    return {"zero_stage": 0} | run
 
 
 def save(flags, run):

@@ -96,6 +96,7 @@ class Output:
             began, changed = run.settings["-e"], [name for name in run.changed if name != "-e"]
             other = flags.model_given and os.path.realpath(began) != os.path.realpath(flags.model)
             notes = [f"-e {flags.model} ignored"] * other + [f"changed: {', '.join(changed)}"] * bool(changed)
+            notes += [f"data: {', '.join(run.data)}"] * bool(run.data)
             lines += [f"resuming {shown(began)} from {self.folder}, step {run.step} of {steps}"
                       + (f" ({'; '.join(notes)})" if notes else "")]
             if run.step >= steps:

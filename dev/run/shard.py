@@ -2,12 +2,14 @@
 A shard of tokens, read by calls that give an error where a memory map would end the program (SIGBUS): a file that is
 cut short, or replaced, while a run reads it, or a disk that fails. And the order in which its samples come.
 """
+import itertools
 import math
 import os
 import shlex
 
 import numpy as np
 
+from dev.run.console import shown
 from dev.run.files import HEADER_BYTES, SHARD_MAGIC, check_size, read_header
 
 HINT = "---> HINT: is another program writing there, or does the disk fail? Once that is mended, -y 1 goes on"
@@ -84,6 +86,39 @@ class Shard:
 
     def close(self):
         self.file.close()
+
+
+def check_shards(loader, tokens, names):
+    """ValueError where the shards of a run, which have so many tokens each and these names (None: not known), are not a
+    loader's first ones. As many with other names are taken for the same, renamed."""
+    shards = list(zip(map(os.path.basename, loader.files), loader.shard_tokens))
+    if len(shards) < len(tokens):
+        raise ValueError(f"the run had {len(tokens)} shards, now there are {len(shards)}")
+    if names is None or len(shards) == len(tokens):
+        names = [name for name, _ in shards]
+    for was, old, (name, now) in itertools.zip_longest(names[:len(tokens)], tokens, shards[:len(tokens)]):
+        if (was, old) != (name, now):
+            raise ValueError(f"{shown(name)} of {now:,} tokens is where the run had {shown(was)} of {old:,}: more "
+                             "shards can only come after all others")
+
+
+def samples_of(size, shard_tokens):
+    """How many samples of so many tokens each shard has. The last one's targets need another token."""
+    return [max(0, tokens - 1) // size for tokens in shard_tokens]
+
+
+def check_state(state, shard_tokens, T, shuffled):
+    """ValueError where a loader's state is not one of these shards, or where it would give a sequence of T tokens parts
+    of two samples"""
+    shards, size, taken, index = len(shard_tokens), state["sample_tokens"], state["taken"], state["shard_index"]
+    order, fits = state.get("shard_order", range(shards)), False
+    if size > 0 and size % T == taken % T == 0 and 0 <= index < shards and is_order(order, shards):
+        samples = samples_of(size, shard_tokens)
+        here = samples[order[index]]
+        fits = any(samples) and 0 <= taken <= here * size and shuffled == ("generator" in state)
+        fits = fits and (not shuffled or is_order(state["sample_order"], here))
+    if not fits:
+        raise ValueError("the order of its batches, or its place in it, is not one of this data")
 
 
 def is_order(numbers, count):

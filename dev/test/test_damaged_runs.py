@@ -70,9 +70,11 @@ def test_done_without_its_files(train, refused, out, name):
     {"at_0": 20240326}, {"at_4": 2}, {"at_8": 0}, {"at_16": 1}, {"at_20": 0}, {"at_40": 5}, {"at_120": 4},
     {"at_124": 1}, {"at__2512": 0}, {"at__2508": 1}, {"at__2508": 700}, {"at__2508": 2**31}, {"at__2524": 1000},
     {"at__2524": 2**32 - 1}, {"at_80": 0, "at_84": 0}, {"at_128": 100}, {"at_132": 1}, {"at_128": 2**32 - 1},
+    *({f"at_{1024 + 8 * N + at}": count} for at, count in ((0, 0), (0, 3), (0, 5), (0, 2**32 - 1), (4, 1), (4, 2**31))),
 ])
 def test_damaged_states(train, refused, out, words, sums):
-    """Also a sampler's state of 0, at 80, and samples beyond the shard, at 128: without sums they are seen, too."""
+    """Also a sampler's state of 0, at 80, samples beyond the shard, at 128, and the number of shards, after the
+    moments: without sums they are seen, too."""
     train("-x 4 -n 2")
     if not sums:
         forget_sums(out)
@@ -141,6 +143,12 @@ def test_checkpoints_of_old(train, out, tmp_path):
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[1' + "0" * 400 + "], []]}",
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "coins": 0}',
     '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "zero_stage": "1"}',
+    '{"tokens_per_batch": 0, "shard_tokens": [300, 100, 10, 170], "windows": [[], []]}',
+    '{"tokens_per_batch": -16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []]}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "offset": -8}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10, 170], "windows": [[], []], "offset": 16}',
+    '{"tokens_per_batch": 16, "shard_tokens": [], "shards": [], "windows": [[], []], "offset": "8"}',
+    '{"tokens_per_batch": 16, "shard_tokens": [300, 100, 10], "shards": ["shard_0.bin"], "windows": [[], []]}',
     "[" * 100_000 + "]" * 100_000, '{"x": ' * 500 + "1" + "}" * 500,
 ])
 def test_damaged_run_file(train, refused, out, text):
@@ -173,19 +181,21 @@ def test_state_of_another_model(train, refused, out, tmp_path, overfit, shape):
 
 @pytest.mark.parametrize("change", ["-b 4", "-t 4", "-b 1", "-t 9", "-a 1"])
 def test_batches_of_another_size(train, refused, out, change):
+    """go on, see test_resume.py, where it is known of which size they were"""
     train("-x 4 -n 2")
-    refused(change, "HINT")
+    if change in ("-t 9", "-a 1"):
+        refused(change, "HINT")
     (out / "run_00000004.json").unlink()
     refused(change, "HINT")
 
 
-@pytest.mark.parametrize("change", ["one more", "one less", "longer", "shorter"])
+@pytest.mark.parametrize("change", ["one before", "one less", "longer", "shorter"])
 @pytest.mark.parametrize("overfit", [0, 1])
 def test_other_shards(train, refused, shards, make_shard, tmp_path, change, overfit):
     data = f"-a 1 -j {shards}" if overfit else ""
     train(f"-x 4 -n 2 {data}")
-    if change == "one more":
-        make_shard(tmp_path / "shard_4.bin", range(100))
+    if change == "one before":
+        make_shard(tmp_path / "shard_.bin", range(100))
     elif change == "one less":
         (tmp_path / "shard_2.bin").unlink()
     else:

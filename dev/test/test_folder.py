@@ -247,8 +247,8 @@ def test_a_part_of_a_checkpoint_is_missing(train, spared, out, name, size, probl
 
 def test_the_way_out_that_a_hint_names_is_open(train, out):
     train("-x 4 -n 2")
-    assert "begin anew with --overwrite 1 instead of -y 1" in train("-x 6 -n 2 -y 1 -b 4", status=1)
-    train("-x 6 -n 2 --overwrite 1 -b 4")
+    assert "begin anew with --overwrite 1 instead of -y 1" in train("-x 6 -n 2 -y 1 -a 1", status=1)
+    train("-x 6 -n 2 --overwrite 1 -a 1")
     assert complete(out) == [2, 4, 6]
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from formulas import Order
 
+from dev.run.checkpoints import pack_order, unpack_order
 from dev.run.data import largest_batches
 from dev.run.shard import is_order, shuffle
 from train_gpt2 import DataLoader
@@ -101,17 +102,6 @@ def test_number_of_tokens(write_shards):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_processes_take_their_parts_of_the_same_batch(write_shards, shuffle):
-    pattern, _ = write_shards(700, 40, 333)
-    whole = DataLoader(pattern, 4, 8, should_shuffle=shuffle)
-    parts = [DataLoader(pattern, 2, 8, rank, 2, should_shuffle=shuffle) for rank in (0, 1)]
-    for _ in range(50):
-        expected, batches = whole.next_batch(), [part.next_batch() for part in parts]
-        for i in 0, 1:  # inputs, targets
-            assert (np.concatenate([batch[i] for batch in batches]) == expected[i]).all()
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batches", [0, 1, 21, 22, 30, 53, 54, 200])
 def test_it_goes_on_where_another_was(write_shards, shuffle, batches):
     pattern, _ = write_shards(700, 40, 333)
@@ -123,6 +113,79 @@ def test_it_goes_on_where_another_was(write_shards, shuffle, batches):
     second.restore(state)
     for step in range(70):
         assert (np.stack(second.next_batch()) == np.stack(first.next_batch())).all(), step
+
+
+def stream(loader, tokens):
+    """At least so many tokens that come next, inputs and targets (2, n)"""
+    batches = [np.stack(loader.next_batch()) for _ in range(-(-tokens // (loader.B * loader.T)))]
+    return np.concatenate([batch.reshape(2, -1) for batch in batches], axis=1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batches", [0, 1, 21, 22, 53, 54, 75, 200])
+@pytest.mark.parametrize("others", [[(1, 16)], [(5, 16)], [(4, 16)], [(1, 32)], [(7, 2)], [(33, 16)], [(1, 1)],
+                                    [(3, 16), (2, 16)], [(3, 8), (1, 8), (5, 4), (1, 4)], [(5, 8), (2, 4), (4, 16)]])
+def test_batches_of_another_size_go_on_at_the_next_token(write_shards, shuffle, batches, others):
+    pattern, _ = write_shards(700, 40, 333)
+    loader, whole = (DataLoader(pattern, 2, 16, should_shuffle=shuffle) for _ in range(2))
+    for _ in range(batches):
+        loader.next_batch()
+        whole.next_batch()
+    found = []
+    for B, T in others:
+        state = copy.deepcopy(loader.state())
+        loader = DataLoader(pattern, B, T, should_shuffle=shuffle)
+        loader.next_batch()
+        loader.restore(state)
+        found.append(stream(loader, 1500 if (B, T) == others[-1] else B * T))
+        assert found[-1].size and loader.next_batch(read=False) is None
+        found.append(np.full((2, B * T), -1))  # passed over
+    found = np.concatenate(found, axis=1)
+    expected = stream(whole, found.shape[1])[:, :found.shape[1]]
+    assert (found == np.where(found < 0, -1, expected)).all() and (found >= 0).sum() >= 2 * 1500
+
+
+@pytest.mark.parametrize("B, T", [(1, 3), (2, 64), (1, 24)])
+def test_no_sequence_has_parts_of_two_samples(write_shards, B, T):
+    pattern, _ = write_shards(700)
+    loader = DataLoader(pattern, 2, 16, should_shuffle=True)
+    with pytest.raises(ValueError, match="place in it, is not one of this data"):
+        DataLoader(pattern, B, T, should_shuffle=True).restore(loader.state())
+
+
+@pytest.mark.parametrize("at", [0, 20, 31])
+def test_a_damaged_batch_of_several_samples_is_passed_over(make_shard, tmp_path, at):
+    tokens = np.arange(200) % 50
+    path = make_shard(tmp_path / "shard.bin", tokens)
+    state = DataLoader(path, 1, 8).state()
+    tokens[48 + at] = 50
+    loader = DataLoader(make_shard(tmp_path / "shard.bin", tokens), 3, 8, vocab_size=50)
+    loader.restore(state)
+    loader.restore(state | {"taken": 48 if at < 24 else 72})
+    with pytest.raises(ValueError, match=f"token 50 at position {48 + at} "):
+        loader.next_batch()
+    start = 72 if at < 24 else 96
+    assert loader.next_batch()[0].ravel().tolist() == tokens[start:start + 24].tolist()
+
+
+@pytest.mark.parametrize("batches", [1, 20, 33, 40, 74, 130])
+@pytest.mark.parametrize("B", [2, 1, 3])
+def test_more_shards_come_at_the_end_of_the_epoch(write_shards, batches, B):
+    pattern, _ = write_shards(700, 40, 333)
+    loader, order = DataLoader(pattern, 2, 16, should_shuffle=True), Order([21, 1, 10])
+    for _ in range(batches):
+        loader.next_batch()
+        order.draw()
+    state = loader.state()
+    pattern, shards = write_shards(700, 40, 333, 100, 500)
+    order.samples, order.shards = [21, 1, 10, 3, 15], [*order.shards, 3, 4]
+    later = DataLoader(pattern, B, 16, should_shuffle=True)
+    later.restore(state | unpack_order(b"".join(map(bytes, pack_order(state))), 5))
+    expected = [shards[shard][32 * sample + i:32 * sample + 32 + i]
+                for shard, sample in [order.draw() for _ in range(150)] for i in (0, 1)]
+    found = stream(later, 140 * 32)
+    for i in 0, 1:
+        assert (np.concatenate(expected[i::2])[:found.shape[1]] == found[i]).all()
 
 
 @pytest.mark.parametrize("change", [
@@ -153,9 +216,10 @@ def test_shard_of_more_than_2_GiB(make_shard, tmp_path):
     except OSError as error:
         pytest.skip(f"this file system has no sparse files: {error}")
     B, T = 4, 1000
-    processes = (size - 1) // (B * T)  # so many that a batch of all is the whole shard: the last one reads its end
-    inputs, targets = DataLoader(str(path), B, T, processes - 1, processes).next_batch()
-    start = (processes - 1) * B * T - (size - len(marks))
+    loader, last = DataLoader(str(path), B, T), (size - 1) // (B * T) - 1
+    loader.restore(loader.state() | {"taken": last * B * T})
+    inputs, targets = loader.next_batch()
+    start = last * B * T - (size - len(marks))
     assert (inputs.ravel() == marks[start:start + B * T]).all()
     assert (targets.ravel() == marks[start + 1:start + B * T + 1]).all()
 
@@ -215,11 +279,11 @@ def test_no_match(tmp_path):
         DataLoader(str(tmp_path / "missing_*.bin"), 2, 8)
 
 
-@pytest.mark.parametrize("sizes, processes", [((16,), 1), ((0, 16, 3), 1), ((32,), 2)])
-def test_too_few_tokens(write_shards, sizes, processes):
+@pytest.mark.parametrize("sizes", [(16,), (0, 16, 3)])
+def test_too_few_tokens(write_shards, sizes):
     pattern, _ = write_shards(*sizes)
-    with pytest.raises(ValueError, match=f"{16 * processes + 1} tokens"):
-        DataLoader(pattern, 2, 8, 0, processes)
+    with pytest.raises(ValueError, match="17 tokens"):
+        DataLoader(pattern, 2, 8)
 
 
 @pytest.mark.parametrize("B, T", [(0, 8), (2, 0), (-1, 8), (2, -8)])
@@ -301,13 +365,19 @@ def test_a_disk_that_fails(write_shards, monkeypatch):
         loader.next_batch()
 
 
-@pytest.mark.parametrize("sample", [22, 2**63])
+@pytest.mark.parametrize("change", [
+    {"taken": 22 * 32}, {"taken": 21 * 32 + 16}, {"taken": 2**63 * 32}, {"taken": -32}, {"taken": 8},
+    {"sample_tokens": 0}, {"sample_tokens": -32}, {"sample_tokens": 24}, {"sample_tokens": 800, "sample_order": [],
+                                                                         "taken": 0}])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_sample_beyond_the_shard(write_shards, sample, shuffle):
+def test_places_that_are_none(write_shards, change, shuffle):
+    """21 samples of 32 tokens, sequences of 16"""
     loader = DataLoader(write_shards(700)[0], 2, 16, should_shuffle=shuffle)
-    loader.restore(loader.state() | {"sample_index": 21})
+    loader.restore(loader.state() | {"taken": 21 * 32})
+    before = loader.state()
     with pytest.raises(ValueError, match="place in it, is not one of this data"):
-        loader.restore(loader.state() | {"sample_index": sample})
+        loader.restore(before | change)
+    assert loader.state()["taken"] == 21 * 32 and loader.sample_tokens == 32
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 64, 65, 1000, 300_000])

@@ -3,10 +3,11 @@ import json
 import os
 import re
 import shutil
+import struct
 
 import pytest
 from null_engine import NullEngine
-from runs import complete, contents, log
+from runs import SHARDS, N, complete, contents, log
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Unix only")
 
@@ -89,6 +90,98 @@ def test_outlier_windows_are_resumed(train, out, tmp_path):
     (out / "DONE_00000150").unlink()
     train(f"{run} -y 1")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other batches, more shards
+
+def step_losses(printed):
+    return [float(loss) for loss in re.findall(r"^step \d+/\d+.*: train loss (\S+)", printed, re.MULTILINE)]
+
+
+def place(folder, step):
+    """What a state file says of the data: shard, sample, their orders, the generator"""
+    state = (folder / f"state_{step:08d}_00000.bin").read_bytes()
+    return state[120:136], state[1024 + 8 * N:]
+
+
+@pytest.mark.parametrize("batch", ["-b 4", "-b 1", "-b 1 -t 16", "-b 2 -t 4", "-b 8 -t 2", "-b 8 -t 4"])
+def test_other_batches_of_the_same_step(really_train, out, tmp_path, batch):
+    """Their tokens, and so losses and weights to rounding, are those of a run that was never stopped."""
+    steps = "-x 30 -n 30 -d 32"  # 17 steps are an epoch
+    whole = step_losses(really_train(f"{steps} -o {tmp_path / 'whole'}"))
+    really_train(f"{steps} -x 7")
+    printed = really_train(f"{steps} -y 1 {batch}")
+    names = "-t" if "-b 2" in batch else ", ".join(re.findall("-[bt]", batch))
+    more = "; data: on with the next token, in samples of 16 as before" * (batch not in ("-b 1 -t 16", "-b 8 -t 2"))
+    assert f"step 7 of 30 (changed: {names}{more})\n" in printed
+    assert place(out, 30) == place(tmp_path / "whole", 30)
+    if "-t" not in batch:
+        assert step_losses(printed) == pytest.approx(whole[7:], rel=1e-4)
+        assert step_losses(really_train(f"{steps} -x 33 -n 3 -y 1")) == pytest.approx(
+            step_losses(really_train(f"{steps} -x 33 -n 3 -y 1 -o {tmp_path / 'whole'}")), rel=1e-4)
+
+
+def test_a_checkpoint_within_a_sample(train, out, tmp_path):
+    """16 tokens; batches of 8 leave it after three, one of 16 takes the halves of two"""
+    train("-x 4 -n 4")
+    train("-x 7 -n 7 -y 1 -b 1")
+    assert json.loads((out / "run_00000007.json").read_text())["offset"] == 8
+    assert "(changed: -b, -d)" in train("-x 8 -n 8 -y 1")
+    assert json.loads((out / "run_00000008.json").read_text())["offset"] == 8
+    assert ("the run's samples have 16 tokens, the one where it stopped has 8 left: -t 16 does not divide both\n"
+            "---> HINT: -t 8 goes on, with any -b\n") in train("-x 9 -n 9 -y 1 -t 16", status=1)
+    train("-x 9 -n 9 -y 1 -b 1")
+    train(f"-x 7 -n 7 -o {tmp_path / 'whole'}")
+    assert place(out, 9) == place(tmp_path / "whole", 7)
+
+
+@pytest.mark.parametrize("T, fits", [(9, 8), (64, 16), (32, 16), (3, 2)])
+def test_sequences_that_do_not_divide_a_sample(train, out, T, fits):
+    train("-x 4 -n 2")
+    before = contents(out)
+    printed = train(f"-x 6 -n 2 -y 1 -b 1 -t {T}", status=1)
+    assert f"-t {T} does not divide both\n---> HINT: -t {fits} goes on, with any -b\n" in printed
+    assert contents(out) == before
+    assert "step 4 of 6 (changed: " in train(f"-x 6 -n 2 -y 1 -b 1 -t {fits}")
+
+
+@pytest.mark.parametrize("more", ["", "-b 1"])
+def test_more_shards(train, out, tmp_path, make_shard, more):
+    """Until the epoch's end, after 34 batches, nothing changes; then the new ones come, in the order of their names."""
+    train(f"-x 40 -n 30 -d 16 -o {tmp_path / 'whole'}")
+    train("-x 20 -n 5 -d 16")
+    for i, size in (4, 50), (5, 60):
+        make_shard(tmp_path / f"shard_{i}.bin", range(size))
+    end = "2 more shards at the end of this epoch)\n"
+    printed = train(f"-x 30 -n 5 -y 1 -d 16 {more}")
+    assert "step 20 of 30 (" in printed and end in printed
+    shard, orders = place(out, 30)
+    whole, before = place(tmp_path / "whole", 30)
+    assert shard == whole and orders == struct.pack("<Q", 6) + before[8:24] + struct.pack("<2i", 4, 5) + before[24:]
+    assert "more shard" not in train(f"-x 37 -n 37 -y 1 -d 16 {more}")
+    assert struct.unpack("<QQ", place(out, 37)[0]) == (4, 3)
+    assert "more shard" not in train(f"-x 41 -n 41 -y 1 -d 16 {more}")
+    assert struct.unpack("<QQ", place(out, 41)[0])[0] < 4 and place(out, 41)[1][8:32] != orders[8:32]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_shard_between_the_others(train, out, tmp_path, make_shard, named):
+    """of the size of the one that has its number. Checkpoints of old know no names."""
+    train("-x 4 -n 2")
+    if not named:
+        run = json.loads((out / "run_00000004.json").read_text())
+        del run["shards"]
+        (out / "run_00000004.json").write_text(json.dumps(run))
+    make_shard(tmp_path / "shard_3a.bin", range(60))
+    assert "(data: 1 more shard at" in train("-x 6 -n 6 -y 1")
+    (tmp_path / "shard_3a.bin").rename(tmp_path / "shard_4.bin")
+    train("-x 8 -n 8 -y 1")
+    before = contents(out)
+    make_shard(tmp_path / "shard_2a.bin", range(SHARDS[3]))
+    assert ("shard_2a.bin of 170 tokens is where the run had shard_3.bin of 170: more shards can only come after all "
+            "others\n---> HINT: ") in train("-x 9 -n 9 -y 1", status=1)
+    assert contents(out) == before
 
 
 def test_the_log_has_no_line_twice(train, out):

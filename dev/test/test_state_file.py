@@ -65,9 +65,9 @@ def test_bytes_of_the_order_after(shards, batches):
         order.draw()
     state = loader.state()
     assert b"".join(bytes(array) for array in checkpoints.pack_order(state)) == pack(order)
-    assert (state["shard_index"], state["sample_index"]) == (order.shard, order.sample)
+    assert (state["shard_index"], state["taken"]) == (order.shard, 16 * order.sample)
     another = DataLoader(shards, 2, 8, should_shuffle=True)
-    another.restore({"shard_index": order.shard, "sample_index": order.sample,
+    another.restore({"shard_index": order.shard, "taken": 16 * order.sample, "sample_tokens": 16,
                      **checkpoints.unpack_order(pack(order), len(SHARDS))})
     for _ in range(60):
         assert (np.stack(another.next_batch()) == np.stack(loader.next_batch())).all()
@@ -174,6 +174,20 @@ def test_a_run_of_llmc_goes_on(really_train, out, tiny, shards, rng, step, maste
     assert state[1024 + 8 * N:] == pack(order) and struct.unpack("<Q", state[80:88]) == (13371337,)
 
 
+def test_a_run_of_llmc_goes_on_with_more_shards(train, out, tiny, shards, make_shard):
+    order = Order(SAMPLES)
+    for _ in range(20):
+        order.draw()
+    llmc_checkpoint(out, 20, order, tiny, np.zeros(N, np.float32), np.zeros(N, np.float32))
+    make_shard(Path(shards).parent / "shard_4.bin", range(100))
+    assert "step 20 of 41 (data: 1 more shard at the end of this epoch)\n" in train("-x 41 -y 1 -n 41")
+    order.shards, order.samples = [*order.shards, 4], [*SAMPLES, 6]
+    for _ in range(21):
+        order.draw()
+    state = (out / "state_00000041_00000.bin").read_bytes()
+    assert state[1024 + 8 * N:] == pack(order) and struct.unpack_from("<QQ", state, 120) == (order.shard, order.sample)
+
+
 def test_a_run_of_llmc_that_does_not_shuffle_goes_on(really_train, out, tiny, shards):
     llmc_checkpoint(out, 3, None, tiny, np.zeros(N, np.float32), np.zeros(N, np.float32))
     printed = really_train("-x 5 -a 1 -y 1 -n 5")
@@ -195,4 +209,4 @@ def test_the_same_tokens_in_a_batch_of_another_shape(really_train, out, shards):
         loader.next_batch()
     state = (out / "state_00000005_00000.bin").read_bytes()
     assert state[1024 + 8 * N:] == pack(order)
-    assert loader.sample_index == order.sample == struct.unpack_from("<Q", state, 128)[0]
+    assert loader.taken // 16 == order.sample == struct.unpack_from("<Q", state, 128)[0]
