@@ -20,6 +20,7 @@ from dev.data.command_line import run, show
 from dev.run.arguments import Parser
 from dev.run.config import model_header
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, open_file, read_header, require_numbers, to_bfloat16
+from dev.run.found import model_file
 from dev.run.vocabulary import beside
 from train_gpt2 import Tensors, model_config, parameter_table
 
@@ -44,10 +45,12 @@ def as_float32(x):
 
 
 class Checkpoint:
-    """A .bin on disk. FileNotFoundError or ValueError where it is no whole checkpoint, or its weights no numbers"""
+    """A .bin on disk, of a run's folder the newest. FileNotFoundError or ValueError where it is no whole checkpoint, or
+    its weights no numbers"""
 
     def __init__(self, path):
-        self.path, self.config = path, model_config(str(path))
+        self.path = path = model_file(str(path))
+        self.config = model_config(path)
         with open_file(path) as f:
             version = read_header(f, path, MODEL_MAGIC, tuple(VERSIONS.values()))[1]
         self.dtype = "fp32" if version == 3 else "bf16"
@@ -101,14 +104,14 @@ def converter(description, source, result):
 
 
 def main():
-    parser = converter("Convert a checkpoint to float32 or bfloat16", "a .bin", "a .bin")
+    parser = converter("Convert a checkpoint to float32 or bfloat16", "a .bin, or a run's folder", "a .bin")
     parser.add_argument("-d", "--dtype", required=True, choices=VERSIONS)
     args = parser.parse_args()
     checkpoint = Checkpoint(args.input)
     memory = checkpoint.params.memory
     pieces = np.array_split(memory, 1 + (memory.size >> 22))
     write_checkpoint(args.output, checkpoint.config, args.dtype, map(as_float32, pieces))
-    keep_tokenizer(beside(args.input), args.output)
+    keep_tokenizer(beside(checkpoint.path), args.output)
 
 
 if __name__ == "__main__":

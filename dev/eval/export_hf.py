@@ -103,7 +103,7 @@ def export(checkpoint, folder, dtype):
 
 
 def main():
-    parser = converter("A checkpoint into a Hugging Face folder", "a .bin", "a folder")
+    parser = converter("A checkpoint into a Hugging Face folder", "a .bin, or a run's folder", "a folder")
     parser.add_argument("-d", "--dtype", choices=VERSIONS, help="of the weights (default: as in the checkpoint)")
     args = parser.parse_args()
     checkpoint = Checkpoint(args.input)

@@ -1,4 +1,5 @@
 """What exists is found: a run's folder, a folder of shards, what other programs have written."""
+import os
 import re
 import shlex
 import subprocess
@@ -9,7 +10,10 @@ import pytest
 from conftest import ROOT
 
 from dev import generate
+from dev.data import inspect_bin
+from dev.eval import convert_bin, export_hf
 from dev.run import files
+from dev.run.console import program
 from dev.run.data import DEFAULT, choose_data, find_shards, tokens_in
 from dev.run.files import HEADER_BYTES
 from dev.run.flags import parse_flags
@@ -61,6 +65,94 @@ def test_generate_from_a_run(really_train, folder, out, capfd):
     really_train(f"-i {folder} -j {folder} -x 1")
     assert generate.main(["-e", str(out), "-n", "5", "--past_end"]) == 0
     assert "5 tokens in" in capfd.readouterr().err
+
+
+def test_converters_take_a_run_s_folder(train, out, tmp_path, monkeypatch):
+    """and take its newest checkpoint, with the tokenizer that it has"""
+    train("-x 4 -n 2 -v 0")
+    newest = out / "model_00000004.bin"
+    (out / "model_00000002.bin").write_bytes(b"older")
+    (out / "model_00000004.tokenizer").mkdir()
+    (out / "model_00000004.tokenizer/vocab.json").write_text("{}")
+    for main, *flags in ((convert_bin.main, "-o", tmp_path / "new.bin", "-d", "fp32"),
+                         (export_hf.main, "-o", tmp_path / "hf")):
+        monkeypatch.setattr("sys.argv", ["x", "-i", str(out), *map(str, flags)])
+        main()
+    assert (tmp_path / "new.bin").read_bytes() == newest.read_bytes()
+    assert (tmp_path / "new.tokenizer/vocab.json").exists() and (tmp_path / "hf/vocab.json").exists()
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "hf").iterdir()}
+
+
+def test_pytorch_takes_a_run_s_folder(train, out):
+    reference = pytest.importorskip("dev.train_gpt2_torch", reason="PyTorch is not installed")
+    train("-x 2 -n 1")
+    assert reference.build_model(str(out))[0] == "model_00000002"
+
+
+@pytest.fixture
+def inspect(capfd):
+    """inspect(path): the exit status of dev/data/inspect_bin.py and what it prints"""
+    def inspect(path):
+        argv, sys.argv = sys.argv, ["inspect_bin.py", str(path)]
+        try:
+            status = program(inspect_bin.main)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            sys.argv = argv
+        return status, "".join(capfd.readouterr())
+    return inspect
+
+
+def test_inspecting_a_run_s_folder(train, out, inspect):
+    train("-x 6 -n 2")
+    (out / "DONE_00000002").unlink()
+    status, said = inspect(out)
+    assert status == 0 and "3 checkpoints" in said and f"-e takes         {out}/model_00000006.bin\n  OK\n" in said
+    sizes = [sum(path.stat().st_size for path in out.glob(f"*_{step:08d}*")) for step in (2, 4, 6)]
+    assert re.findall(r"step (\d)  +([\d,]+) bytes, (.*)", said) == [
+        ("2", f"{sizes[0]:,}", "incomplete: no DONE_00000002"), ("4", f"{sizes[1]:,}", "complete"),
+        ("6", f"{sizes[2]:,}", "complete")]
+    (out / "state_00000004_00000.bin").unlink()
+    status, said = inspect(out)
+    assert status == 1 and "PROBLEM: state_00000004_00000.bin is missing" in said and said.endswith("  NOT OK\n")
+    os.truncate(out / "model_00000006.bin", 10)
+    (out / "DONE_00000004").unlink()
+    status, said = inspect(out)
+    assert status == 1 and f"error: {out}/model_00000006.bin is cut short" in said and "---> HINT: " in said
+
+
+def test_inspecting_tokens_of_others(inspect, tmp_path, rng, make_shard):
+    rng.integers(0, 50257, 3000).astype("<u2").tofile(tmp_path / "train.bin")
+    np.save(tmp_path / "val.npy", rng.integers(0, 65, 500).astype(np.int32))
+    make_shard(tmp_path / "shard.bin", [1, 2, 3])
+    status, said = inspect(tmp_path)
+    command = f"to train on it   python dev/data/import_tokens.py {tmp_path}\n"
+    assert status == 0 and said.count("  OK\n") == 3 and said.count(command) == 2
+    assert "train.bin: perhaps raw tokens, as nanoGPT's, 6,000 bytes" in said and "3,000 of uint16" in said
+    assert "val.npy: an array of NumPy's" in said and "500 of int32" in said
+    np.save(tmp_path / "val.npy", np.array([1, -1]))
+    assert inspect(tmp_path / "val.npy")[0] == 1
+    np.save(tmp_path / "val.npy", np.zeros((2, 2)))
+    status, said = inspect(tmp_path / "val.npy")
+    assert status == 1 and "error: " in said and "expected a list of integers" in said
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.txt", b"some words", "---> HINT: python dev/data/text.py "),
+    ("none/x", b"", "has no checkpoint of a run\n---> HINT: "), ("hf/config.json", b"{}", "dev.eval.import_hf -i ")])
+def test_inspecting_what_is_none_of_ours(inspect, tmp_path, name, content, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    status, said = inspect(path if path.parent == tmp_path else path.parent)
+    assert status == 1 and words in said
+
+
+def test_a_damaged_header_is_no_tokens_of_others(make_shard, tmp_path):
+    path = make_shard(tmp_path / "x.bin", [1, 2, 3], magic=7)
+    with pytest.raises(ValueError, match="expected 20240520$"):
+        tokens_in(path)
 
 
 @pytest.mark.parametrize("content, words", [
