@@ -161,7 +161,8 @@ def clone_into(folder):
 def run(command, how, clone, **env):
     """The output of README's command. AssertionError unless it ends as it should"""
     command = command.replace("python train_gpt2.py …the same flags…", RECIPE)
-    env = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "COLUMNS": "100", "PYTHONUNBUFFERED": "1",
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    env = {**inherited, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "COLUMNS": "100", "PYTHONUNBUFFERED": "1",
            "LANG": "C.UTF-8", **env}
     if how.first:
         subprocess.run(["bash", "-ec", how.first], cwd=clone, env=env, check=True, timeout=60, capture_output=True)
