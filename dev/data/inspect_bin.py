@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from dev.data.command_line import DATA, run
-from dev.data.download import file_sha256
 from dev.data.import_tokens import read_tokens
 from dev.data.vocabulary import EOT, VOCAB_SIZE
 from dev.run.arguments import Parser
@@ -36,6 +35,7 @@ from dev.run.files import (
     SHARD_MAGIC,
     STATE_MAGIC,
     TOKENIZER_MAGIC,
+    file_sha256,
     open_file,
     read_header,
 )
@@ -320,7 +320,10 @@ def inspect_folder(folder, tokenizer):
         return inspect_run(folder, steps)
     files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
     if not files:
-        model_file(str(folder))  # an error, which knows what else it may be
+        hint = "name a run's folder, or files"
+        if (folder / "config.json").is_file():
+            hint = f"it is a model of Hugging Face's, which -e {folder} takes"
+        raise ValueError(f"{shown(folder)} has neither a run's checkpoints nor .bin or .npy files\n---> HINT: {hint}")
     return all([inspect(path, tokenizer) for path in files])
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from dev.data.command_line import run, show
 from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import Checkpoint, converter
-from dev.eval.import_hf import CONV1D, tensor_table
 from dev.run.files import NewFile
+from dev.run.hf import CONV1D, tensor_table
 from dev.run.vocabulary import own_vocabulary
 
 try:

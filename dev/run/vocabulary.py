@@ -5,12 +5,21 @@ Read is GPT-2's kind: byte-pair encoding of bytes, after GPT-2's way to cut a te
 tokenizer.json (https://github.com/huggingface/tokenizers), or vocab.json and merges.txt.
 """
 import os
+from pathlib import Path
 
 from dev.run.console import shown
-from dev.run.files import plain_file
+from dev.run.files import NewFile, file_sha256, plain_file
 from dev.run.reading import is_a, misfit, read_json, reading
 from dev.run.text import MOST_TOKENS, Tokenizer
 
+VOCABULARY_FILES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "generation_config.json", "config.json")  # the last two name the end-of-text token
+GPT2S = 50257  # tokens in GPT-2's
+VOCABULARY = {  # GPT-2's: the two files that tiktoken makes its encoding of, and their sha256
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; others from 256 on
 LETTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
@@ -166,3 +175,36 @@ def own_vocabulary(path):
         return Vocabulary(beside(path))
     except (ValueError, OSError) as error:
         return Numbers(str(error).splitlines()[0])
+
+
+def keep_tokenizer(folder, path):
+    """Copy the tokenizer files in a folder (None: there are none) to where those of the checkpoint `path` belong."""
+    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()] if folder else []
+    kept = Path(beside(path))
+    if files and kept.is_dir() and kept.samefile(folder):
+        return
+    if kept.is_dir():
+        for name in TOKENIZER_FILES:  # of another model that had this name
+            (kept / name).unlink(missing_ok=True)
+        if not any(kept.iterdir()):
+            kept.rmdir()
+    if files:
+        kept.mkdir(exist_ok=True)
+        for file in files:
+            content = file.read_bytes()
+            with NewFile(kept / file.name) as f:
+                f.write(content)
+        print(f"wrote {shown(kept)}: the model's own tokenizer")
+
+
+def is_gpt2s(folder, vocab_size):
+    """Is the vocabulary of a folder GPT-2's? So it is taken to be where there are no files that say something else."""
+    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+    if all((Path(folder) / name).is_file() and file_sha256(Path(folder) / name) == VOCABULARY[original]
+           for name, original in names.items()):
+        return vocab_size == GPT2S or not (Path(folder) / "added_tokens.json").exists()
+    if any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):
+        return False
+    if vocab_size != GPT2S:
+        print(f"note: no tokenizer files for the vocabulary of {vocab_size:,}: it is taken for GPT-2's")
+    return True

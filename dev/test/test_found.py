@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ from dev.run.console import program
 from dev.run.data import DEFAULT, choose_data, find_shards, tokens_in
 from dev.run.files import HEADER_BYTES
 from dev.run.flags import parse_flags
-from dev.run.found import shards_of
-from train_gpt2 import DataLoader
+from dev.run.found import model_file, shards_of
+from train_gpt2 import DataLoader, build
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_inspecting_tokens_of_others(inspect, tmp_path, rng, make_shard):
 
 @pytest.mark.parametrize("name, content, words", [
     ("x.txt", b"some words", "---> HINT: python dev/data/text.py "),
-    ("none/x", b"", "has no checkpoint of a run\n---> HINT: "), ("hf/config.json", b"{}", "dev.eval.import_hf -i ")])
+    ("none/x", b"", "---> HINT: name a run's folder, or files"), ("hf/config.json", b"{}", "hf takes\n")])
 def test_inspecting_what_is_none_of_ours(inspect, tmp_path, name, content, words):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -156,8 +158,7 @@ def test_a_damaged_header_is_no_tokens_of_others(make_shard, tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ({}, "a folder that a run's -o has named"),
-    ({"config.json": b"{}"}, "python -m dev.eval.import_hf -i"),
+    ({}, "a folder that a run's -o has named"), ({"config.json": b"{}"}, "no GPT-2 that train_gpt2.py could run"),
 ])
 def test_folders_without_a_checkpoint(train, tmp_path, content, words):
     folder = tmp_path / "model"
@@ -165,6 +166,50 @@ def test_folders_without_a_checkpoint(train, tmp_path, content, words):
     for name, text in content.items():
         (folder / name).write_bytes(text)
     assert words in train(f"-e {folder} -x 1", status=1)
+
+
+@pytest.fixture
+def theirs(tiny, tmp_path):
+    """The tiny model in a folder of Hugging Face's"""
+    export_hf.export(convert_bin.Checkpoint(tiny), tmp_path / "their model", "fp32")
+    return tmp_path / "their model"
+
+
+def test_a_model_of_hugging_face_s_is_imported_in_passing(theirs, tiny, capsys):
+    capsys.readouterr()
+    path = theirs / "model.bin"
+    assert model_file(str(theirs)) == str(path) and path.read_bytes() == Path(tiny).read_bytes()
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"{theirs}: GPT2Config(") and f"wrote {path} (160,256 bytes" in err
+    assert model_file(str(theirs)) == str(path) and capsys.readouterr() == ("", "")
+    assert (build(str(theirs)).host("params").memory == build(tiny).host("params").memory).all()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_it_is_imported_anew_where_it_has_changed(theirs, name, capsys):
+    """also where what came since is older"""
+    model_file(str(theirs))
+    capsys.readouterr()
+    time.sleep(0.02)
+    (theirs / "copy").write_bytes((theirs / name).read_bytes())
+    os.utime(theirs / "copy", (1, 1))
+    os.replace(theirs / "copy", theirs / name)
+    model_file(str(theirs))
+    assert "wrote " in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_imported_in_passing(theirs, monkeypatch):
+    hint = re.escape(f"---> HINT: python -m dev.eval.import_hf -i '{theirs}' -o 'data/their model.bin', then -e 'data/")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"several processes .*\n{hint}"):
+        patch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+        model_file(str(theirs))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"nothing can be written .*\n{hint}"):
+        patch.setattr(os, "access", lambda path, mode: False)
+        model_file(str(theirs))
+    (theirs / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors in"):
+        model_file(str(theirs))
+    assert not (theirs / "model.bin").exists()
 
 
 @pytest.mark.parametrize("name, save", [
