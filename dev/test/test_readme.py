@@ -25,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 from pathlib import Path
 
@@ -44,11 +45,12 @@ NO_NETWORK, ELSEWHERE = "it needs a network: ", "it takes minutes: "
 
 
 class Run:
-    """How a command is run: with more after it, `first` before it; what it prints (patterns), files that it makes"""
+    """How a command is run: with more after it, `first` before it; what it prints (patterns), files that it makes.
+    interrupt: the beginning of the line at which Ctrl-C comes, after so many seconds"""
 
-    def __init__(self, more="", prints=(), files=(), first="", stdin="", interrupt=None, needs=None):
+    def __init__(self, more="", prints=(), files=(), first="", stdin="", interrupt=None, seconds=0, needs=None):
         self.more, self.prints, self.files, self.first, self.stdin = more, prints, files, first, stdin
-        self.interrupt, self.needs = interrupt, needs
+        self.interrupt, self.seconds, self.needs = interrupt, seconds, needs
 
 
 RECIPE = ("python train_gpt2.py -e d6 -o data/runs/shakespeare -n 50 -nk 2 -y 1 -b 8 -t 64 -x 240 -l 1e-3 -u 20 "
@@ -175,6 +177,7 @@ def run(command, how, clone, **env):
     for line in process.stdout:
         lines.append(line)
         if how.interrupt and line.startswith(how.interrupt):
+            time.sleep(how.seconds)
             process.send_signal(signal.SIGINT)
     output = "".join(lines)
     assert process.wait(timeout=60) == 0, f"{command} {how.more}\n{output[-2000:]}"
@@ -273,7 +276,7 @@ def write():
                 continue
             how = COMMANDS[command]
             try:
-                output = run(command, Run(stdin=typed(shown), interrupt=how.interrupt), clone)
+                output = run(command, Run(stdin=typed(shown), interrupt=how.interrupt, seconds=0.2), clone)
                 readme = readme.replace(shown, renewed(shown, output)) if shown.strip() else readme
             except AssertionError as error:
                 print(f"stays as it was: {command}: {error}\n")
