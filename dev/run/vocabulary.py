@@ -1,16 +1,18 @@
 """
-A model's own vocabulary, where it is not GPT-2's: the tokenizer files that dev/eval/import_hf.py keeps beside a .bin.
+A model's own vocabulary, where it is not GPT-2's: the tokenizer files that come with an import, and are kept beside its
+.bin, and in the folder of a run that goes on from it.
 
 Read is GPT-2's kind: byte-pair encoding of bytes, after GPT-2's way to cut a text into words. The files are
 tokenizer.json (https://github.com/huggingface/tokenizers), or vocab.json and merges.txt.
 """
 import os
+import re
 from pathlib import Path
 
-from dev.run.console import shown
+from dev.run.console import say, shown
 from dev.run.files import NewFile, file_sha256, plain_file
 from dev.run.reading import is_a, misfit, read_json, reading
-from dev.run.text import MOST_TOKENS, Tokenizer
+from dev.run.text import MOST_TOKENS, Tokenizer, tokenizer_for
 
 VOCABULARY_FILES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -27,8 +29,8 @@ BYTES = {letter: b for b, letter in LETTERS.items()}
 
 
 def beside(path):
-    """The folder with the tokenizer files of a checkpoint"""
-    return f"{os.path.splitext(path)[0]}.tokenizer"
+    """The folder with the tokenizer files of a checkpoint: one for all of a run's"""
+    return re.sub(r"(?<=model)_\d{8}$", "", os.path.splitext(path)[0]) + ".tokenizer"
 
 
 IDS, MERGES = {str: int}, [(str, [str, str])]
@@ -164,7 +166,9 @@ class Numbers(Tokenizer):
         self.reset()
 
     def encode(self, text):
-        raise ValueError(f"a prompt cannot be made into tokens: {self.problem}\n---> HINT: leave --prompt out")
+        if text:
+            raise ValueError(f"a prompt cannot be made into tokens: {self.problem}\n---> HINT: leave --prompt out")
+        return []
 
 
 def own_vocabulary(path):
@@ -175,6 +179,11 @@ def own_vocabulary(path):
         return Vocabulary(beside(path))
     except (ValueError, OSError) as error:
         return Numbers(str(error).splitlines()[0])
+
+
+def tokenizer_of(path, vocab_size):
+    """The tokenizer of a checkpoint, or of random weights: its own, or else that of bytes, or GPT-2's"""
+    return own_vocabulary(path) or tokenizer_for(vocab_size)
 
 
 def keep_tokenizer(folder, path):
@@ -194,7 +203,7 @@ def keep_tokenizer(folder, path):
             content = file.read_bytes()
             with NewFile(kept / file.name) as f:
                 f.write(content)
-        print(f"wrote {shown(kept)}: the model's own tokenizer")
+        say(f"wrote {shown(kept)}: the model's own tokenizer")
 
 
 def is_gpt2s(folder, vocab_size):

@@ -74,8 +74,8 @@ def test_converters_take_a_run_s_folder(train, out, tmp_path, monkeypatch):
     train("-x 4 -n 2 -v 0")
     newest = out / "model_00000004.bin"
     (out / "model_00000002.bin").write_bytes(b"older")
-    (out / "model_00000004.tokenizer").mkdir()
-    (out / "model_00000004.tokenizer/vocab.json").write_text("{}")
+    (out / "model.tokenizer").mkdir()
+    (out / "model.tokenizer/vocab.json").write_text("{}")
     for main, *flags in ((convert_bin.main, "-o", tmp_path / "new.bin", "-d", "fp32"),
                          (export_hf.main, "-o", tmp_path / "hf")):
         monkeypatch.setattr("sys.argv", ["x", "-i", str(out), *map(str, flags)])
