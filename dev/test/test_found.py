@@ -259,6 +259,8 @@ def test_data_of_the_project_from_another_folder(make_shard, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert find_shards(DEFAULT[0]) == [str(shard)]
     assert files.there("data/x") == str(tmp_path / "project/data/x") and files.there("x") == "x"
+    with pytest.raises(FileNotFoundError, match=f"\n---> HINT: {shard} is there\n---> HINT: python dev/data/"):
+        find_shards("data/other.bin")
     (tmp_path / "elsewhere/data").mkdir()
     assert files.there("data/x") == "data/x"
 

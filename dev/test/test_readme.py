@@ -59,7 +59,8 @@ BYTES_DATA = ' -i "data/my_folder/*_train_??????.bin" -j "data/my_folder/*_val_?
 PICTURE = "dev/doc/run.png"
 FIRST = 'ARGS="-x 4 -v 2 -m 2 -s 4 -g 20"'
 COMMANDS = {  # as README has them, in its order
-    "make train": Run(FIRST, ["no network: a small model", "verdict: ", "go on: ", "write text: ", "plot: "],
+    "make train": Run(FIRST, ["the weights cannot be had: ", "the text cannot be had: ", "verdict: ", "go on: ",
+                              "write text: ", "plot: "],
                       ["data/runs/first/model_00000004.bin", "data/runs/first/main.log"]),
     "make test": Run("PYTEST_ADDOPTS='dev/test/test_schedule.py'", ["TENSOR OK", "overall okay: 1", r"\d+ passed"]),
     "python dev/generate.py -e data/runs/first/model_00004000.bin --temperature 0.8": Run(
