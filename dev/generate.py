@@ -34,7 +34,7 @@ def parse_flags(argv):
                     formatter_class=Defaults)
     flag = parser.add_argument
     flag("-e", "--model", default="data/gpt2_124M.bin",
-         help="a checkpoint, a run's folder, or a descriptor of random weights: d6, d12, gpt2:l4c256h4 …")
+         help="a checkpoint, a folder of a run or of Hugging Face's, or a descriptor: d6, d12, gpt2:l4c256h4 …")
     add_device(parser)
     flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
     flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")

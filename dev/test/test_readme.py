@@ -89,7 +89,7 @@ COMMANDS = {  # as README has them, in its order
                                                                          needs="matplotlib"),
     'python -m dev.generate -e data/runs/shakespeare/model_00000240.bin --prompt "ROMEO:" --tokens 80 --top_k 40':
         Run("--prompt ''"),  # a prompt needs GPT-2's vocabulary
-    ".venv/bin/python -m pip install -r dev/run/requirements-mpi.txt": NO_NETWORK + "only a mirror of packages",
+    "python -m pip install -r dev/run/requirements-mpi.txt": NO_NETWORK + "only a mirror of packages",
     "mpirun -np 4 --bind-to none python train_gpt2.py …the same flags…": "it needs MPI: test_mpi.py",
     "make bench": ELSEWHERE + "test_bench.py measures a tiny model",
     "make bench ARGS=--torch": ELSEWHERE + "test_bench.py",
@@ -219,6 +219,18 @@ def test_readme(clone, tmp_path):
         output = run(command, how, clone, **nowhere, HOME=str(tmp_path / "home"), OMP_NUM_THREADS="1")
         for line in filter(OUTPUT.match, shown.splitlines()):
             assert re.search(like(line), plain(output)), f"{command}\nprints no line like {line}:\n{output[-2000:]}"
+
+
+def test_notebook(make_shard, tiny, tmp_path, monkeypatch, capsys):
+    """README's block of Python, with the tiny model and two of its steps"""
+    block, = re.findall("^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (tmp_path / SHAKESPEARE).parent.mkdir(parents=True)
+    make_shard(tmp_path / f"{SHAKESPEARE}_train.bin", [1, 2, 3] * 200)
+    monkeypatch.chdir(tmp_path)
+    assert block.count('"d6"') == block.count("range(20)") == 1
+    exec(block.replace('"d6"', repr(tiny)).replace("range(20)", "range(2)"), {})
+    (first, second) = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert (first[0], second[0]) == ("0", "1") and float(first[1]) > float(second[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
