@@ -204,9 +204,9 @@ def import_model(folder, path, dtype):
 
 
 def imported(folder):
-    """The path of a .bin with the model of a folder, model.bin in there: it is made where it is missing, or older than
+    """The path of a .bin with the model of a folder, gpt2.bin in there: it is made where it is missing, or older than
     what it is made of, which standard error is told. ValueError where that cannot be, or the model is not our GPT-2"""
-    path, sources = folder / "model.bin", [*folder.glob("*.safetensors"), *map(folder.joinpath, TOKENIZER_FILES)]
+    path, sources = folder / "gpt2.bin", [*folder.glob("*.safetensors"), *map(folder.joinpath, TOKENIZER_FILES)]
     states = [file.stat() for file in sources if file.exists()]
     changed = max(max(state.st_mtime_ns, state.st_ctime_ns) for state in states)  # ctime: an older file came since
     if path.is_file() and path.stat().st_mtime_ns >= changed:

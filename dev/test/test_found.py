@@ -177,7 +177,7 @@ def theirs(tiny, tmp_path):
 
 def test_a_model_of_hugging_face_s_is_imported_in_passing(theirs, tiny, capsys):
     capsys.readouterr()
-    path = theirs / "model.bin"
+    path = theirs / "gpt2.bin"
     assert model_file(str(theirs)) == str(path) and path.read_bytes() == Path(tiny).read_bytes()
     out, err = capsys.readouterr()
     assert not out and err.startswith(f"{theirs}: GPT2Config(") and f"wrote {path} (160,256 bytes" in err
@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_imported_in_passing(theirs, monkeypatch):
     (theirs / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no model.safetensors in"):
         model_file(str(theirs))
-    assert not (theirs / "model.bin").exists()
+    assert not (theirs / "gpt2.bin").exists()
 
 
 @pytest.mark.parametrize("name, save", [
