@@ -18,6 +18,7 @@ import numpy as np
 
 from dev.data.command_line import run
 from dev.run.arguments import Parser
+from dev.run.config import is_checkpoint
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, as_float32, open_file, read_header, require_numbers
 from dev.run.found import model_file
 from dev.run.hf import VERSIONS, write_checkpoint
@@ -31,6 +32,8 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path = path = model_file(str(path))
+        if not is_checkpoint(path):
+            raise FileNotFoundError(f"no such checkpoint: {path}\n---> HINT: name a .bin, or a run's folder")
         self.config = model_config(path)
         with open_file(path) as f:
             version = read_header(f, path, MODEL_MAGIC, tuple(VERSIONS.values()))[1]

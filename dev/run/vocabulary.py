@@ -12,7 +12,7 @@ from pathlib import Path
 from dev.run.console import say, shown
 from dev.run.files import NewFile, file_sha256, plain_file
 from dev.run.reading import is_a, misfit, read_json, reading
-from dev.run.text import MOST_TOKENS, Tokenizer, tokenizer_for
+from dev.run.text import MOST_TOKENS, Bytes, Tokenizer, tokenizer_for
 
 VOCABULARY_FILES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -207,13 +207,13 @@ def keep_tokenizer(folder, path):
 
 
 def is_gpt2s(folder, vocab_size):
-    """Is the vocabulary of a folder GPT-2's? So it is taken to be where there are no files that say something else."""
+    """Is the vocabulary of a folder GPT-2's, or bytes? So it is taken to be where no files say something else."""
     names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
     if all((Path(folder) / name).is_file() and file_sha256(Path(folder) / name) == VOCABULARY[original]
            for name, original in names.items()):
         return vocab_size == GPT2S or not (Path(folder) / "added_tokens.json").exists()
     if any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):
         return False
-    if vocab_size != GPT2S:
+    if vocab_size not in (GPT2S, len(Bytes.tokens)):
         print(f"note: no tokenizer files for the vocabulary of {vocab_size:,}: it is taken for GPT-2's")
     return True

@@ -85,6 +85,12 @@ def test_converters_take_a_run_s_folder(train, out, tmp_path, monkeypatch):
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "hf").iterdir()}
 
 
+@pytest.mark.parametrize("name", ["d6", "no/such"])
+def test_what_is_no_checkpoint_is_not_converted(name):
+    with pytest.raises(FileNotFoundError, match=f"no such checkpoint: {name}\n---> HINT: name a .bin"):
+        convert_bin.Checkpoint(name)
+
+
 def test_pytorch_takes_a_run_s_folder(train, out):
     reference = pytest.importorskip("dev.train_gpt2_torch", reason="PyTorch is not installed")
     train("-x 2 -n 1")
