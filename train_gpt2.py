@@ -53,7 +53,8 @@ from dev.run.schedule import Outliers, require_finite, scheduled_learning_rate
 from dev.run.shard import DamagedBatch, Shard, check_state, samples_of, shuffle
 from dev.run.step import micro_batches, rescued
 from dev.run.stop import Stop
-from dev.run.text import Sampler, generate, tokenizer_for
+from dev.run.text import Sampler, generate
+from dev.run.vocabulary import tokenizer_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of compiled function, and the constants they share
@@ -1408,7 +1409,7 @@ def train(flags, processes=ALONE):
     steps = loader.num_tokens // flags.total_batch_size if flags.num_iterations == -1 else flags.num_iterations
     val_batches = min(val_loader.num_batches, math.inf if flags.val_max_steps == -1 else flags.val_max_steps)
     examples = read_examples(HELLASWAG, V)[:flags.eval_examples or None] if flags.hellaswag_eval else []
-    tokenizer, sampler = tokenizer_for(V), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
+    tokenizer, sampler = tokenizer_of(model, V), Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     prompt = tokenizer.encode(flags.prompt) or [min(tokenizer.eot_token, V - 1)]  # after another text's end
     processes.agree(checkpoint=resume_step or 0, training_tokens=loader.num_tokens,
                     validation_tokens=val_loader.num_tokens, examples=len(examples))

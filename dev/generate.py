@@ -24,8 +24,8 @@ from dev.run.arguments import Defaults, Parser
 from dev.run.console import lose, program, say
 from dev.run.flags import add_device
 from dev.run.found import model_file
-from dev.run.text import Sampler, generate, tokenizer_for
-from dev.run.vocabulary import own_vocabulary
+from dev.run.text import Sampler, generate
+from dev.run.vocabulary import tokenizer_of
 from train_gpt2 import build
 
 
@@ -34,7 +34,7 @@ def parse_flags(argv):
                     formatter_class=Defaults)
     flag = parser.add_argument
     flag("-e", "--model", default="data/gpt2_124M.bin",
-         help="a checkpoint, a run's folder, or a descriptor of random weights: d6, d12, gpt2:l4c256h4 …")
+         help="a checkpoint, a folder of a run or of Hugging Face's, or a descriptor: d6, d12, gpt2:l4c256h4 …")
     add_device(parser)
     flag("-p", "--prompt", default="", help="how the text begins; - reads it from standard input")
     flag("-n", "--tokens", type=int, default=256, help="tokens of a sample, at most")
@@ -71,13 +71,9 @@ def run(flags):
     sampler = Sampler(flags.seed, flags.temperature, flags.top_k, flags.top_p)
     flags.model = model_file(flags.model)
     engine = build(flags.model, flags.device, flags.precision)
-    config, own = engine.config, own_vocabulary(flags.model)
-    tokenizer = own or tokenizer_for(config.vocab_size)
-    if own and own.tokens is None:
-        say(f"texts are printed as token numbers: {own.problem}", file=sys.stderr)
-    elif tokenizer.tokens is None:
-        say("no data/gpt2_tokenizer.bin: texts are printed as token numbers\n---> HINT: `make data` writes it",
-            file=sys.stderr)
+    config, tokenizer = engine.config, tokenizer_of(flags.model, engine.config.vocab_size)
+    if tokenizer.tokens is None:
+        say(f"texts are printed as token numbers: {tokenizer.problem}", file=sys.stderr)
     text = sys.stdin.read().rstrip("\n") if flags.prompt == "-" else flags.prompt
     end = min(tokenizer.eot_token, config.vocab_size - 1)
     prompt = tokenizer.encode(text) if text else [end]  # a text begins after the end of another

@@ -62,9 +62,10 @@ def main(flags):
         print("looking for GPT-2's weights (498 MB) and Tiny Shakespeare in the network", flush=True)
     if weights.exists() or fetch("download_starter_pack.py"):
         return run(sys.executable, "train_gpt2.py", "-o", "data/runs/gpt2", "-y", "1", "-nk", "1", *flags)
+    print("the weights cannot be had: a small model is trained from scratch, on bytes", flush=True)
     place, script = "tinyshakespeare_bytes/tiny_shakespeare", "data/tinyshakespeare.py"
     if not (data / f"{place}_train.bin").exists() and not fetch(script, "--tokenizer", "bytes"):
-        print("no network: a small model is trained from scratch, on text that every Python carries", flush=True)
+        print("the text cannot be had: what every Python carries takes its place", flush=True)
         place = "pydoc_bytes/pydoc"
         if not (data / f"{place}_train.bin").exists():
             run(sys.executable, "dev/data/pydoc.py", "--tokenizer", "bytes")

@@ -2,7 +2,7 @@
 GPT-2 in PyTorch: the numbers that train_gpt2.py is measured against.
 
 This file shares no code with train_gpt2.py, so that a mistake in one does not hide in the other; it even has its own
-numbers of llm.c's formats, and takes from the rest only what makes writing safe.
+numbers of llm.c's formats, and takes from the rest only what makes writing safe and finds a run's newest checkpoint.
 It computes in float32 on the CPU and knows one process and one device: no CUDA, no mixed precision.
 It does one of two things.
 
@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dev.run.files import NewFile
+from dev.run.found import model_file
 
 # -----------------------------------------------------------------------------
 # The model
@@ -289,7 +290,8 @@ def model_from_state_dict(config, weights):
 
 
 def build_model(source):
-    """A checkpoint, a Hugging Face name or a descriptor -> (the name of its files, model)."""
+    """A checkpoint, a run's folder, a Hugging Face name or a descriptor -> (the name of its files, model)."""
+    source = model_file(source)
     if source.endswith(".bin"):
         return os.path.basename(source)[: -len(".bin")], load_checkpoint(source)
     if source in PRETRAINED:
@@ -531,7 +533,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--help", action="help")
     # what to read
-    add("-e", "--model", default="data/gpt2_124M.bin", help="a .bin, d6 gpt3:c768 gpt2:l4c256h4 tiny ..., or gpt2-xl")
+    add("-e", "--model", default="data/gpt2_124M.bin",
+        help="a .bin, a run's folder, d6 gpt3:c768 gpt2:l4c256h4 tiny ..., or gpt2-xl")
     add("-i", "--input_bin", default="data/tinyshakespeare/tiny_shakespeare_train.bin", help="training shards, a glob")
     add("-j", "--input_val_bin", default="data/tinyshakespeare/tiny_shakespeare_val.bin", help="validation shards")
     # what to write instead of training

@@ -3,7 +3,6 @@ Fetching files: whatever happens to the network, a file under its final name is 
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import requests
 
 from dev.data.command_line import Progress, say, show
 from dev.run.console import shown
-from dev.run.files import NewFile, destination
+from dev.run.files import NewFile, destination, file_sha256
 
 HF = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 LARGEST = 1 << 40  # bytes of a file
@@ -248,11 +247,3 @@ def _reason(error):
         return "no answer in time"
     last = list(_causes(error))[-1]
     return shown(getattr(last, "strerror", None) or str(last) or type(error).__name__)
-
-
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,9 +2,11 @@
 What is in a .bin file? Its header in words, counts, checks, and the first tokens as text.
 
     python dev/data/inspect_bin.py data/gpt2_124M.bin data/tinyshakespeare/*.bin
+    python dev/data/inspect_bin.py data/runs/first          # a run's checkpoints; of another folder its .bin and .npy
 
 Knows token shards, evaluation sets, models, debug states, optimiser states and the tokenizer; data/README.md describes
-the formats. Exit status 1 if any file is not what its header says.
+the formats; and the tokens that import_tokens.py reads, nanoGPT's and NumPy's. Exit status 1 if any file is not what
+its header says, or a checkpoint that is said to be complete is not.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path: modules come from the project, not from this folder
@@ -14,14 +16,16 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
 from dev.data.command_line import DATA, run
-from dev.data.download import file_sha256
+from dev.data.import_tokens import read_tokens
 from dev.data.vocabulary import EOT, VOCAB_SIZE
 from dev.run.arguments import Parser
+from dev.run.checkpoints import checkpoint_files, complete_checkpoints
 from dev.run.console import say, shown
 from dev.run.files import (
     DEBUG_STATE_MAGIC,
@@ -31,10 +35,13 @@ from dev.run.files import (
     SHARD_MAGIC,
     STATE_MAGIC,
     TOKENIZER_MAGIC,
+    file_sha256,
     open_file,
     read_header,
 )
+from dev.run.found import model_file
 from dev.run.reading import reading
+from dev.run.shard import of_others
 from dev.run.text import Bytes
 
 
@@ -238,6 +245,43 @@ def inspect_tokenizer(r, header):
     r.line("begins", shown(b" ".join(tokens[256:280]).decode("utf-8", "replace")))
 
 
+def inspect_tokens(r, command):
+    """Tokens that others have written; command: makes shards of them"""
+    tokens = read_tokens(r.path)
+    largest = int(tokens.max())
+    r.line("tokens", f"{len(tokens):,} of {tokens.dtype}")
+    r.line("largest token", largest)
+    r.check(0 <= tokens.min() <= largest < 65536, "not all of them fit into 16 bits")
+    if largest < 256:  # those of characters, by a table that only their maker has
+        r.tokenizer = None
+    r.line("begins", r.text(tokens[:48]))
+    r.line("to train on it", command)
+
+
+def inspect_run(folder, steps):
+    """Print which checkpoints a run's folder holds, of the steps that its files name; whether those are in order."""
+    say(f"{shown(folder)}: a run's folder, {len(steps)} checkpoint{'s' * (len(steps) > 1)}")
+    complete, fine = complete_checkpoints(folder), True
+    for step in steps:
+        paths = checkpoint_files(folder, step)
+        missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
+        size = sum(path.stat().st_size for path in Path(folder).iterdir() if step_of(path.name) == step)
+        say(f"  step {step:<11,} {size:,} bytes, {f'incomplete: no {missing[0]}' if missing else 'complete'}")
+        if missing and step in complete:
+            fine = False
+            say(f"  PROBLEM: {missing[0]} is missing, and {os.path.basename(paths[0])} says that all is there")
+    if fine and complete:
+        say(f"  -e takes         {shown(model_file(str(folder)))}")
+    say("  OK" if fine else "  NOT OK")
+    return fine
+
+
+def step_of(name):
+    """The step of the checkpoint that a file belongs to by its name, None where it belongs to none"""
+    found = re.fullmatch(r"(?:DONE_|model_|run_|state_)(\d{8})(?:_\d{5})?(?:\.bin|\.json)?", name)
+    return int(found[1]) if found else None
+
+
 KINDS = {
     SHARD_MAGIC: ("token shard", inspect_shard),
     EVAL_MAGIC: ("evaluation set", inspect_eval),
@@ -252,11 +296,15 @@ def inspect(path, tokenizer):
     """Print what is in the file; whether it is in order."""
     with open_file(path) as f:
         content = f.read(HEADER_BYTES)
+        theirs, command = of_others(f, path)
     header = np.frombuffer(content if len(content) == HEADER_BYTES else bytes(HEADER_BYTES), "<i4")
-    kind, function = KINDS.get(int(header[0]), ("unknown", None))
+    kind, function = KINDS.get(int(header[0]), (None, None))
     report = Report(path, tokenizer)
-    say(f"{shown(path)}: {kind}, version {header[1]}, {report.size:,} bytes")
-    if not report.check(function is not None, f"no known kind of file: its first word is {header[0]}"):
+    named = f"{kind}, version {header[1]}" if kind else theirs or f"unknown, its first word is {header[0]}"
+    say(f"{shown(path)}: {named}, {report.size:,} bytes")
+    if not kind and "import_tokens" in command:
+        function, header = inspect_tokens, command
+    if not report.check(function, "no known kind of file" + (f"\n---> HINT: {command}" if command else "")):
         return False
     with reading(path), np.errstate(all="ignore"):  # of numbers that are none
         function(report, header)
@@ -264,8 +312,23 @@ def inspect(path, tokenizer):
     return report.ok
 
 
+def inspect_folder(folder, tokenizer):
+    """Print what is in a folder: the checkpoints of a run, or else of each .bin and .npy what is in it; whether all is
+    in order. ValueError where there is nothing of it"""
+    steps = sorted({step_of(path.name) for path in folder.iterdir()} - {None})
+    if steps:
+        return inspect_run(folder, steps)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
+    if not files:
+        hint = "name a run's folder, or files"
+        if (folder / "config.json").is_file():
+            hint = f"it is a model of Hugging Face's, which -e {folder} takes"
+        raise ValueError(f"{shown(folder)} has neither a run's checkpoints nor .bin or .npy files\n---> HINT: {hint}")
+    return all([inspect(path, tokenizer) for path in files])
+
+
 def main():
-    parser = Parser(description="What is in a .bin file?")
+    parser = Parser(description="What is in a .bin file, or in a run's folder?")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--sha256", action="store_true", help="print the files' sha256 too")
     parser.add_argument("--data_dir", type=Path, default=DATA, help="where gpt2_tokenizer.bin is (default: data/)")
@@ -276,8 +339,8 @@ def main():
         say(f"tokens are shown as numbers, for lack of {tokenizer_path} (dev/data/tinyshakespeare.py makes it)")
     fine = True
     for path in args.files:
-        fine &= inspect(path, tokenizer)
-        if args.sha256:
+        fine &= (inspect_folder if path.is_dir() else inspect)(path, tokenizer)
+        if args.sha256 and path.is_file():
             say(f"  sha256           {file_sha256(path)}")
     if not fine:
         raise SystemExit(1)

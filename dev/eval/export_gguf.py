@@ -22,8 +22,8 @@ import numpy as np
 from dev.data.command_line import run, show
 from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
 from dev.eval.convert_bin import Checkpoint, converter
-from dev.eval.import_hf import CONV1D, tensor_table
 from dev.run.files import NewFile
+from dev.run.hf import CONV1D, tensor_table
 from dev.run.vocabulary import own_vocabulary
 
 try:
@@ -129,7 +129,7 @@ def export(checkpoint, path, dtype, tied=False):
 
 
 def main():
-    parser = converter("A checkpoint into a GGUF file", "a .bin", "a .gguf")
+    parser = converter("A checkpoint into a GGUF file", "a .bin, or a run's folder", "a .gguf")
     parser.add_argument("-d", "--dtype", choices=TYPES, default="f16", help="of the weights (default: f16)")
     parser.add_argument("--tied", type=int, choices=(0, 1), default=0, help="1: the embedding once, for new llama.cpp")
     args = parser.parse_args()

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from dev.data.command_line import run, show
 from dev.data.vocabulary import EOT, VOCAB_SIZE, vocabulary_file
-from dev.eval.convert_bin import TOKENIZER_FILES, VERSIONS, Checkpoint, converter, from_float32
-from dev.eval.import_hf import CONV1D, PREFIX, tensor_table
-from dev.run.files import NewFile
+from dev.eval.convert_bin import Checkpoint, converter
+from dev.run.files import NewFile, from_float32
+from dev.run.hf import CONV1D, PREFIX, VERSIONS, tensor_table
 from dev.run.reading import read_json
-from dev.run.vocabulary import beside
+from dev.run.vocabulary import TOKENIZER_FILES, beside
 
 SAFETENSORS = {"fp32": "F32", "bf16": "BF16"}
 TORCH = {"fp32": "float32", "bf16": "bfloat16"}
@@ -103,7 +103,7 @@ def export(checkpoint, folder, dtype):
 
 
 def main():
-    parser = converter("A checkpoint into a Hugging Face folder", "a .bin", "a folder")
+    parser = converter("A checkpoint into a Hugging Face folder", "a .bin, or a run's folder", "a folder")
     parser.add_argument("-d", "--dtype", choices=VERSIONS, help="of the weights (default: as in the checkpoint)")
     args = parser.parse_args()
     checkpoint = Checkpoint(args.input)

@@ -16,7 +16,8 @@ from train_gpt2 import build
 def main(name, path):
     """name: of the set and, in lower case, of the script in dev/data that writes it; path: where that puts it"""
     parser = Parser(description=f"The accuracy of a checkpoint on {name}")
-    parser.add_argument("-e", "--model", default="data/gpt2_124M.bin", help="a checkpoint (default: %(default)s)")
+    parser.add_argument("-e", "--model", default="data/gpt2_124M.bin",
+                        help="a checkpoint, or a run's folder (default: %(default)s)")
     add_device(parser)
     parser.add_argument("-i", "--input", default=path, help="the evaluation set (default: %(default)s)")
     parser.add_argument("-n", "--limit", type=int, default=0, help="score the first so many examples (default: all)")

@@ -84,9 +84,9 @@ def model_config(name):
         there = sorted(glob.glob("data/gpt2_124M*.bin") + glob.glob("data/runs/*/model_*.bin"), key=os.path.getmtime)
         found = "".join(f"---> HINT: -e {path} is there\n" for path in there[-1:])
         raise FileNotFoundError(f"no such checkpoint: {name}\n{found}"
-                                "---> HINT: python dev/download_starter_pack.py fetches GPT-2's weights\n"
-                                "---> HINT: python dev/train_gpt2_torch.py -e gpt2 --write_dir data converts them\n"
-                                "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file")
+                                "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file\n"
+                                "---> HINT: python dev/start.py fetches GPT-2's weights and trains them, or a small "
+                                "model where it cannot")
     with open(name, "rb") as file:
         header = [int(x) for x in read_header(file, name, MODEL_MAGIC, (3, 5))]
     version, (maxT, V, L, NH, C, Vp) = header[1], header[2:8]

@@ -29,8 +29,11 @@ def find_shards(pattern):
     folder = glob.escape(folder) if os.path.isdir(folder) else folder
     files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(os.path.join(folder, name)))
     if not files:
-        raise FileNotFoundError(f"no file matches {pattern}\n---> HINT: python dev/data/tinyshakespeare.py writes "
-                                "Tiny Shakespeare's shards; dev/data/ has scripts for other text")
+        known = [there(place.format("train")) for place in PLACES]
+        found = "".join(f"---> HINT: {path} is there\n" for path in known if os.path.isfile(path))
+        raise FileNotFoundError(f"no file matches {pattern}\n{found}"
+                                "---> HINT: python dev/data/tinyshakespeare.py writes Tiny Shakespeare's shards\n"
+                                "---> HINT: python dev/data/pydoc.py those of Python's own texts, without a network")
     return files
 
 

@@ -4,6 +4,7 @@ either the old file or the whole new one.
 
 A file is a header of 256 int32, which begins with a magic number and a version, and then the data.
 """
+import hashlib
 import os
 import re
 import secrets
@@ -98,6 +99,18 @@ def to_bfloat16(x):
         rounded[:] = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # the carry goes into the exponent
         rounded[np.isnan(part)] = 0x7FC0
     return out
+
+
+def from_float32(x, dtype):
+    """An array as it is stored: float32, or bfloat16 as to_bfloat16() makes it"""
+    return np.asarray(x, "<f4") if dtype == "fp32" else to_bfloat16(x)
+
+
+def as_float32(x):
+    """The way back; float16 and float64 are welcome, too."""
+    with np.errstate(all="ignore"):  # what is too large for a float32 is not finite then
+        bfloat16 = x.dtype == np.uint16
+        return (x.astype(np.uint32) << 16).view(np.float32) if bfloat16 else x.astype(np.float32, copy=False)
 
 
 def destination(path):
@@ -199,6 +212,15 @@ def sum_of(path):
         while data := file.read(1 << 22):
             total = zlib.crc32(data, total)
     return total
+
+
+def file_sha256(path):
+    """A file's sha256, by which it is known wherever it comes from"""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder):

@@ -46,8 +46,9 @@ def parse_flags(argv):
     # data and model
     flag("-i --input_bin", DEFAULT[0], "train shards, a glob pattern or a folder")
     flag("-j --input_val_bin", DEFAULT[1], "validation shards, a glob pattern")
-    flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, or a descriptor for random weights: d6, d12, gpt3:c768 or, "
-         "of any shape, gpt2:l4c256h4: layers, channels, heads; after it t512: longest sequence, v300: vocabulary")
+    flag("-e --model", "data/gpt2_124M.bin", "a checkpoint, a folder of a run or of Hugging Face's, or a descriptor "
+         "for random weights: d6, d12, gpt3:c768 or, of any shape, gpt2:l4c256h4: layers, channels, heads; after it "
+         "t512: longest sequence, v300: vocabulary")
     # output folder and checkpoints
     flag("-o --output_dir", None, "folder for main.log and checkpoints", str)
     flag("-n --checkpoint_every", 0, "write a checkpoint every so many steps; with -o the end is always saved")

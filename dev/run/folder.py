@@ -9,9 +9,18 @@ import re
 
 import numpy as np
 
-from dev.run.checkpoints import complete_checkpoints, loosen, remove_checkpoint, remove_old_checkpoints, save
+from dev.run.checkpoints import (
+    checkpoint_files,
+    complete_checkpoints,
+    loosen,
+    remove_checkpoint,
+    remove_old_checkpoints,
+    save,
+)
 from dev.run.console import say, shown
 from dev.run.files import remove_temporary, write_file
+from dev.run.found import model_file
+from dev.run.vocabulary import beside, keep_tokenizer
 
 try:
     import fcntl
@@ -144,13 +153,15 @@ class Output:
         return save(self.flags, self.run)
 
     def begin(self):
-        """Remove what a run that was killed, or that is not resumed, has left; begin the log."""
+        """Remove what a run that was killed, or that is not resumed, has left; keep the tokenizer that the model brings
+        along; begin the log."""
         if self.logs and not self.begun:
             remove_temporary(self.folder, FILES)
             if self.run.resumed:
                 flags = self.flags
                 remove_old_checkpoints(self.folder, flags.checkpoints_keep, flags.major_checkpoint_every)
             else:
+                keep_tokenizer(beside(model_file(self.flags.model)), checkpoint_files(self.folder, 0)[1])
                 for step in complete_checkpoints(self.folder):
                     remove_checkpoint(self.folder, step)
             begin_log(self.path, self.run.resumed)

@@ -1,27 +1,27 @@
 """
-What a name on the command line means: a run's folder is its newest checkpoint, a folder of shards those for training or
-validation; and what a file is that others' programs wrote.
+What a name on the command line means: a run's folder is its newest checkpoint, a folder of Hugging Face's the model in
+it, a folder of shards those for training or validation.
 """
 import glob
 import os
-import shlex
+from pathlib import Path
 
 from dev.run.checkpoints import newest_checkpoint
 from dev.run.files import there
+from dev.run.hf import imported
 
 
 def model_file(name):
-    """The checkpoint, or the descriptor, that -e means. ValueError for a folder without a checkpoint"""
+    """The checkpoint, or the descriptor, that -e means. ValueError for a folder without a model of our kind"""
     name = there(name)
     if not os.path.isdir(name):
         return name
     _, path = newest_checkpoint(name)
+    if path is None and os.path.isfile(os.path.join(name, "config.json")):
+        path = imported(Path(name))
     if path is None:
-        hint = "name a folder that a run's -o has named, or a checkpoint, .bin"
-        if os.path.isfile(os.path.join(name, "config.json")):
-            new = f"data/{os.path.basename(os.path.abspath(name))}.bin"
-            hint = f"{shlex.join(['python', '-m', 'dev.eval.import_hf', '-i', name, '-o', new])}, then -e {new}"
-        raise ValueError(f"{name} has no checkpoint of a run\n---> HINT: {hint}")
+        raise ValueError(f"{name} has no checkpoint of a run\n---> HINT: name a folder that a run's -o has named, a "
+                         "model of Hugging Face's, or a checkpoint, .bin")
     return path
 
 

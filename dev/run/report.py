@@ -68,8 +68,7 @@ class Report:
         flags, self.output = self.flags, output
         self.say(*output.describe(last_step))
         if tokenizer.tokens is None and flags.sample_every:
-            self.say("no data/gpt2_tokenizer.bin: samples are printed as token numbers\n"
-                     "---> HINT: `make data` writes it")
+            self.say(f"samples are printed as token numbers: {tokenizer.problem}")
         self.run, self.epoch = run, 0 if flags.overfit_single_batch else run.loader.num_tokens
         self.flops = flags.total_batch_size * run.engine.flops_per_token(flags.sequence_length)
         self.peak = self.processes.sum(run.engine.peak())

@@ -24,21 +24,25 @@ def read_shard_header(file, path):
     try:
         tokens, vocabulary = map(int, read_header(file, path, SHARD_MAGIC, (1,))[2:4])
     except ValueError as error:
-        raise ValueError(f"{error}{origin(file, path)}") from error
+        what, command = of_others(file, path)
+        raise ValueError(f"{error}\n---> HINT: {what}: {command}" if what else str(error)) from error
     return tokens, vocabulary
 
 
-def origin(file, path):
-    """The hint for a file that is no shard: what it may be, and the command that makes shards of it"""
+def of_others(file, path):
+    """What a file may be that is none of ours, and the command that makes shards of it; ("", "") where nobody knows.
+    Raw tokens are not mostly zeros, as the headers of our files are."""
     file.seek(0)
-    start, folder = file.read(1024), shlex.quote(os.path.dirname(path) or ".")
+    start, folder = file.read(HEADER_BYTES), shlex.quote(os.path.dirname(path) or ".")
+    tokens = f"python dev/data/import_tokens.py {folder}"
+    words = np.frombuffer(start[:len(start) // 2 * 2], "<u2")
     if start.startswith(b"\x93NUMPY"):
-        return f"\n---> HINT: an array of NumPy's, as build-nanogpt's: python dev/data/import_tokens.py {folder}"
+        return "an array of NumPy's, as build-nanogpt's", tokens
     if start and b"\0" not in start and start[:-3].decode(errors="ignore").encode() in start:
-        return f"\n---> HINT: it is text: python dev/data/text.py {shlex.quote(str(path))}"
-    if start and (np.frombuffer(start[:len(start) // 2 * 2], "<u2") < 50257).all():
-        return f"\n---> HINT: perhaps raw tokens, as nanoGPT's: python dev/data/import_tokens.py {folder}"
-    return ""
+        return "it is text", f"python dev/data/text.py {shlex.quote(str(path))}"
+    if len(words) and words.max() < 50257 and 2 * np.count_nonzero(words) > len(words):
+        return "perhaps raw tokens, as nanoGPT's", tokens
+    return "", ""
 
 
 class Shard:

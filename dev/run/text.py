@@ -15,10 +15,10 @@ MOST_TOKENS = 1 << 20  # of a vocabulary; the largest in use have 256,000
 
 class Tokenizer:
     """GPT-2's, or that of a file. Turns tokens into text: token by token, as they are drawn. Without its file it gives
-    their numbers."""
+    their numbers; tokens is None then, and problem says why."""
 
     def __init__(self, path="data/gpt2_tokenizer.bin"):
-        self.tokens, self.eot_token = None, 50256
+        self.tokens, self.eot_token, self.problem = None, 50256, f"no {path}\n---> HINT: `make data` writes it"
         self.reset()
         path = there(path)
         if not os.path.isfile(path):

@@ -1,16 +1,27 @@
 """
-A model's own vocabulary, where it is not GPT-2's: the tokenizer files that dev/eval/import_hf.py keeps beside a .bin.
+A model's own vocabulary, where it is not GPT-2's: the tokenizer files that come with an import, and are kept beside its
+.bin, and in the folder of a run that goes on from it.
 
 Read is GPT-2's kind: byte-pair encoding of bytes, after GPT-2's way to cut a text into words. The files are
 tokenizer.json (https://github.com/huggingface/tokenizers), or vocab.json and merges.txt.
 """
 import os
+import re
+from pathlib import Path
 
-from dev.run.console import shown
-from dev.run.files import plain_file
+from dev.run.console import say, shown
+from dev.run.files import NewFile, file_sha256, plain_file
 from dev.run.reading import is_a, misfit, read_json, reading
-from dev.run.text import MOST_TOKENS, Tokenizer
+from dev.run.text import MOST_TOKENS, Bytes, Tokenizer, tokenizer_for
 
+VOCABULARY_FILES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "generation_config.json", "config.json")  # the last two name the end-of-text token
+GPT2S = 50257  # tokens in GPT-2's
+VOCABULARY = {  # GPT-2's: the two files that tiktoken makes its encoding of, and their sha256
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; others from 256 on
 LETTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
@@ -18,8 +29,8 @@ BYTES = {letter: b for b, letter in LETTERS.items()}
 
 
 def beside(path):
-    """The folder with the tokenizer files of a checkpoint"""
-    return f"{os.path.splitext(path)[0]}.tokenizer"
+    """The folder with the tokenizer files of a checkpoint: one for all of a run's"""
+    return re.sub(r"(?<=model)_\d{8}$", "", os.path.splitext(path)[0]) + ".tokenizer"
 
 
 IDS, MERGES = {str: int}, [(str, [str, str])]
@@ -155,7 +166,9 @@ class Numbers(Tokenizer):
         self.reset()
 
     def encode(self, text):
-        raise ValueError(f"a prompt cannot be made into tokens: {self.problem}\n---> HINT: leave --prompt out")
+        if text:
+            raise ValueError(f"a prompt cannot be made into tokens: {self.problem}\n---> HINT: leave --prompt out")
+        return []
 
 
 def own_vocabulary(path):
@@ -166,3 +179,41 @@ def own_vocabulary(path):
         return Vocabulary(beside(path))
     except (ValueError, OSError) as error:
         return Numbers(str(error).splitlines()[0])
+
+
+def tokenizer_of(path, vocab_size):
+    """The tokenizer of a checkpoint, or of random weights: its own, or else that of bytes, or GPT-2's"""
+    return own_vocabulary(path) or tokenizer_for(vocab_size)
+
+
+def keep_tokenizer(folder, path):
+    """Copy the tokenizer files in a folder (None: there are none) to where those of the checkpoint `path` belong."""
+    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()] if folder else []
+    kept = Path(beside(path))
+    if files and kept.is_dir() and kept.samefile(folder):
+        return
+    if kept.is_dir():
+        for name in TOKENIZER_FILES:  # of another model that had this name
+            (kept / name).unlink(missing_ok=True)
+        if not any(kept.iterdir()):
+            kept.rmdir()
+    if files:
+        kept.mkdir(exist_ok=True)
+        for file in files:
+            content = file.read_bytes()
+            with NewFile(kept / file.name) as f:
+                f.write(content)
+        say(f"wrote {shown(kept)}: the model's own tokenizer")
+
+
+def is_gpt2s(folder, vocab_size):
+    """Is the vocabulary of a folder GPT-2's, or bytes? So it is taken to be where no files say something else."""
+    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+    if all((Path(folder) / name).is_file() and file_sha256(Path(folder) / name) == VOCABULARY[original]
+           for name, original in names.items()):
+        return vocab_size == GPT2S or not (Path(folder) / "added_tokens.json").exists()
+    if any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):
+        return False
+    if vocab_size not in (GPT2S, len(Bytes.tokens)):
+        print(f"note: no tokenizer files for the vocabulary of {vocab_size:,}: it is taken for GPT-2's")
+    return True

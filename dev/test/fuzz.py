@@ -301,7 +301,8 @@ MODEL = {
     "export_gguf": command(export_gguf.main, "-i", "{0}/model.bin", "-o", "{0}/out.gguf"),
     "hellaswag": evaluation, "train": trainer(""),
 }
-IMPORT = {"import_hf": command(import_hf.main, "-i", "{0}/hf", "-o", "{0}/out.bin")}
+IMPORT = {"import_hf": command(import_hf.main, "-i", "{0}/hf", "-o", "{0}/out.bin"),
+          "generate": lambda f: generate.main(["-e", f"{f}/hf", "-n", "3"])}
 RESUME = {"resume": trainer("-o {0}/run -y 1 -x 4")}
 DEBUG = {"test_gpt2": lambda f: test_gpt2.main([f"{f}/model.bin", f"{f}/s.bin"])}
 OWN = {"generate": lambda f: generate.main(["-e", f"{f}/model.bin", "-n", "3", "-p", "ab"]),

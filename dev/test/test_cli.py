@@ -195,7 +195,7 @@ def damaged(tiny, tmp_path, words=(), size=None):
 
 
 def test_missing_checkpoint(refused):
-    refused("-e missing.bin", "missing.bin", "download_starter_pack.py", "train_gpt2_torch.py", "-e d6")
+    refused("-e missing.bin", "missing.bin", "python dev/start.py", "-e d6")
 
 
 SIZE = 1024 + 4 * 39808

@@ -12,9 +12,10 @@ from flaky_server import FlakyServer
 from dev.data import download
 from dev.data.vocabulary import VOCABULARY, get_encoder
 from dev.eval import convert_bin, export_gguf, export_hf, import_hf
-from dev.eval.convert_bin import Checkpoint, as_float32, from_float32
-from dev.run import checkpoints
+from dev.eval.convert_bin import Checkpoint
+from dev.run import checkpoints, hf
 from dev.run import vocabulary as vocabularies
+from dev.run.files import as_float32, from_float32
 from train_gpt2 import GPT2, GPT2Config, init_random
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def test_round_trip_is_byte_identical(sizes, tiny, tmp_path):
     """Also where V = Vp, for which llm.c's export writes an empty embedding."""
     path = write_model(tmp_path / "model.bin", *sizes) if sizes else Path(tiny)
     export_hf.export(Checkpoint(path), tmp_path / "hf", "fp32")
-    import_hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "fp32")
+    hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "fp32")
     assert (tmp_path / "back.bin").read_bytes() == path.read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -155,7 +156,7 @@ def test_bfloat16_round_trip_is_byte_identical(tiny, tmp_path):
     path = tiny.replace(".bin", "_bf16.bin")
     export_hf.export(Checkpoint(path), tmp_path / "hf", "bf16")
     assert {dtype for dtype, _, _ in read_raw(tmp_path / "hf" / "model.safetensors").values()} == {"BF16"}
-    import_hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
+    hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
     assert (tmp_path / "back.bin").read_bytes() == Path(path).read_bytes()
 
 
@@ -181,7 +182,7 @@ def test_what_transformers_writes_is_read(kind, dtype, shard_size, transformers,
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard_size == "30KB")
-    import_hf.import_model(tmp_path / "hf", tmp_path / "model.bin", "fp32")
+    hf.import_model(tmp_path / "hf", tmp_path / "model.bin", "fp32")
     tokens = rng.integers(0, 70, (3, 12), dtype=np.int32)
     assert abs(their_logits(model.float().eval(), tokens) - our_logits(tmp_path / "model.bin", tokens)).max() < LIMIT
 
@@ -208,7 +209,7 @@ def test_old_and_bare_folders_are_read(tiny, folder, tmp_path):
         return {**bare, **masks, "lm_head.weight": bare["wte.weight"]}
     edit_weights(folder, change)
     edit_config(folder, n_positions="none of it", n_inner=128, activation_function="gelu_pytorch_tanh")
-    import_hf.import_model(folder, tmp_path / "back.bin", "fp32")
+    hf.import_model(folder, tmp_path / "back.bin", "fp32")
     assert (tmp_path / "back.bin").read_bytes() == Path(tiny).read_bytes()
 
 
@@ -261,7 +262,7 @@ def write_index(folder, content):
 def test_what_is_no_whole_gpt2_is_refused(damage, message, folder, tmp_path):
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        import_hf.import_model(folder, tmp_path / "model.bin", "fp32")
+        hf.import_model(folder, tmp_path / "model.bin", "fp32")
     assert not list(tmp_path.glob("*.bin*"))
 
 
@@ -380,7 +381,7 @@ def own(tmp_path):
 @pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
 def test_own_vocabulary_goes_in_and_out(own, kind, tmp_path, python, transformers):
     folder, theirs = own(kind)
-    import_hf.import_model(folder, tmp_path / "own.bin", "fp32")
+    hf.import_model(folder, tmp_path / "own.bin", "fp32")
     ours = vocabularies.own_vocabulary(str(tmp_path / "own.bin"))
     for text in OWN_TEXT.split("<|endoftext|>"):
         assert ours.encode(text) == theirs.encode(text).ids
@@ -401,7 +402,7 @@ def test_own_vocabulary_goes_in_and_out(own, kind, tmp_path, python, transformer
 
 def test_own_vocabulary_goes_into_gguf(own, tmp_path, gguf):
     folder, theirs = own()
-    import_hf.import_model(folder, tmp_path / "own.bin", "fp32")
+    hf.import_model(folder, tmp_path / "own.bin", "fp32")
     export_gguf.export(Checkpoint(tmp_path / "own.bin"), tmp_path / "own.gguf", "f32")
     fields = read_gguf(gguf, tmp_path / "own.gguf")[0]
     tokens = fields["tokenizer.ggml.tokens"]
@@ -413,13 +414,13 @@ def test_own_vocabulary_goes_into_gguf(own, tmp_path, gguf):
 
 def test_own_vocabulary_goes_along(own, tmp_path, monkeypatch, tiny):
     """Into a converted checkpoint; and away, where another model is imported under the same name."""
-    import_hf.import_model(own()[0], tmp_path / "own.bin", "fp32")
+    hf.import_model(own()[0], tmp_path / "own.bin", "fp32")
     flags = ["-i", tmp_path / "own.bin", "-o", tmp_path / "narrow.bin", "-d", "bf16"]
     monkeypatch.setattr("sys.argv", ["convert_bin.py", *map(str, flags)])
     convert_bin.main()
     assert vocabularies.own_vocabulary(str(tmp_path / "narrow.bin")).tokens
     export_hf.export(Checkpoint(tiny), tmp_path / "plain", "fp32")
-    import_hf.import_model(tmp_path / "plain", tmp_path / "own.bin", "fp32")
+    hf.import_model(tmp_path / "plain", tmp_path / "own.bin", "fp32")
     assert not (tmp_path / "own.tokenizer").exists()
 
 
@@ -433,7 +434,7 @@ def test_a_vocabulary_of_another_kind(own, tmp_path, damage, problem, python, ca
     whole = json.loads((folder / "tokenizer.json").read_text())
     damage(whole)
     (folder / "tokenizer.json").write_text(json.dumps(whole))
-    import_hf.import_model(folder, tmp_path / "own.bin", "fp32")
+    hf.import_model(folder, tmp_path / "own.bin", "fp32")
     assert re.search(f"note: .*only its token numbers: .*({problem})", capsys.readouterr().out)
     run = python("-m", "dev.generate", "-e", tmp_path / "own.bin", "-n", "3", "--past_end")
     out, err = run.communicate()
@@ -447,10 +448,10 @@ def test_a_vocabulary_of_another_kind(own, tmp_path, damage, problem, python, ca
 def test_gpt2s_vocabulary_is_not_kept(tmp_path, vocabulary):
     path = write_model(tmp_path / "model.bin", 8, 50257, 50304, 1, 1, 8)
     export_hf.export(Checkpoint(path), tmp_path / "hf", "bf16")
-    import_hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
+    hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
     assert not (tmp_path / "back.tokenizer").exists()
     (tmp_path / "hf" / "merges.txt").write_text("#version: 0.2\n")
-    import_hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
+    hf.import_model(tmp_path / "hf", tmp_path / "back.bin", "bf16")
     assert len(vocabularies.own_vocabulary(str(tmp_path / "back.bin")).encode("abc")) == 3
 
 

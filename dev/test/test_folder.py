@@ -1,5 +1,6 @@
 """The folder of a run that is over, or still going on: no other run spoils it."""
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from null_engine import NullEngine
 from runs import complete, contents, interrupt, log
 
 import train_gpt2
+from dev.run.vocabulary import own_vocabulary
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Unix only")
 
@@ -306,3 +308,48 @@ def test_a_log_with_bytes_that_are_no_text(train, out, tmp_path):
     (out / "main.log").write_bytes(before)
     train("-x 6 -n 2 -y 1")
     assert (out / "main.log").read_bytes() == whole.replace(b"lr:", b"\xff:", 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model's own tokenizer
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """The path of the tiny model, with a tokenizer of its own: a token is a letter, number 0 an a"""
+    path = tmp_path / "own.bin"
+    shutil.copy(tiny, path)
+    (tmp_path / "own.tokenizer").mkdir()
+    ids = {chr(ord("a") + i) if i < 26 else f"<{i}>": i for i in range(300)}
+    (tmp_path / "own.tokenizer/tokenizer.json").write_text(json.dumps({
+        "model": {"type": "BPE", "vocab": ids, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}))
+    return path
+
+
+def test_a_tokenizer_goes_along(train, own, out, tmp_path):
+    """with the run: for its samples, when it goes on, and for those who take its checkpoints"""
+    def sampled(said):
+        return said.partition("generating:\n---\n")[2].partition("\n---\n")[0]
+    said = train(f"-e {own} -x 2 -n 1 -s 1 -g 20 --prompt ab --temperature 0 -v 0")
+    assert f"wrote {out}/model.tokenizer" in said and "token numbers" not in said and sampled(said)
+    assert contents(out / "model.tokenizer") == contents(tmp_path / "own.tokenizer")
+    own.unlink()
+    shutil.rmtree(tmp_path / "own.tokenizer")
+    again = train("-x 3 -y 1 -s 1 -g 20 --prompt ab --temperature 0 -v 0")
+    assert sampled(again) == sampled(said) and "token numbers" not in again
+    assert own_vocabulary(str(out / "model_00000003.bin")).encode("abz") == [0, 1, 25]
+    train(f"-e {out} -x 1 -o {tmp_path / 'next'}")
+    assert contents(tmp_path / "next/model.tokenizer") == contents(out / "model.tokenizer")
+
+
+def test_a_tokenizer_goes_with_the_run_that_had_it(train, own, out, tiny):
+    train(f"-e {own} -x 1")
+    train(f"-e {out} -x 1 --overwrite 1")
+    assert (out / "model.tokenizer").exists()
+    train(f"-e {tiny} -x 1 --overwrite 1")
+    assert not (out / "model.tokenizer").exists()
+
+
+def test_a_tokenizer_that_nobody_can_read(train, own, out):
+    (own.parent / "own.tokenizer/tokenizer.json").write_text("[]")
+    said = train(f"-e {own} -x 1 -s 1")
+    assert "samples are printed as token numbers: " in said and "tokenizer.json" in said

@@ -37,7 +37,7 @@ from dev.data.readers import Reader
 from dev.data.shards import ShardWriter
 from dev.data.vocabulary import ByteEncoding
 from dev.eval import convert_bin, export_gguf, export_hf, import_hf
-from dev.run import multiple_choice
+from dev.run import hf, multiple_choice
 from dev.run.config import model_config, parameter_table
 from dev.run.console import program
 from dev.run.text import Sampler
@@ -335,9 +335,9 @@ FOUR = ("F32", [4], 0, 16)
 def test_as_strict_as_the_formats_own_library(fails, tmp_path, sound, entries, size):
     path = safetensors_file(tmp_path / "a.safetensors", entries, bytes(range(size)))
     if sound:
-        assert set(import_hf.read_safetensors(path)) == {name for name in entries if name != "mask"}
+        assert set(hf.read_safetensors(path)) == {name for name in entries if name != "mask"}
     else:
-        assert "a.safetensors" in fails(lambda: import_hf.read_safetensors(path))
+        assert "a.safetensors" in fails(lambda: hf.read_safetensors(path))
     library = pytest.importorskip("safetensors", reason="not installed: pip install -r dev/requirements.txt")
     try:
         with library.safe_open(path, "numpy") as file:

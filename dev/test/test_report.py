@@ -54,7 +54,7 @@ def begun(clock, capfd):
         report = Report(parse_flags(f"-b 2 -t 8 -d 32 -s 0 {text}".split()), processes or Processes())
         run = SimpleNamespace(engine=Engine(), step=step, tokens=32 * step, resumed=None,
                               loader=SimpleNamespace(num_tokens=epoch))
-        report.begin(run, 10, SimpleNamespace(tokens=None), Output())
+        report.begin(run, 10, SimpleNamespace(tokens=None, problem="no x\n---> HINT: y"), Output())
         return report
     return begun
 
@@ -204,7 +204,7 @@ def test_a_profile(begun, clock, capfd):
 def test_where_a_run_begins(begun, capfd):
     begun("-s 5", step=7)
     out = capfd.readouterr().out
-    assert "samples are printed as token numbers\n---> HINT: " in out
+    assert "samples are printed as token numbers: no x\n---> HINT: y\n" in out
 
 
 @pytest.mark.parametrize("count", [0, 3])
