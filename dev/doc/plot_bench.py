@@ -160,20 +160,23 @@ def plot_threads(axes, results):
 def plot_runs(axes, results):
     """Bars: tokens a second on a GPU, of ours and of PyTorch with its kernels for attention, for each row"""
     rows = results["runs"]
-    names = {"ours": "llm.numba", "flash": "PyTorch, flash attention", "cudnn": "PyTorch, cuDNN's attention"}
-    for i, (name, color) in enumerate(zip(names, (OURS, "#e8924a", "#f3c29b"), strict=True)):
+    peers = {"ours": ("llm.numba", OURS), "flash": ("PyTorch, flash attention", "#e8924a"),
+             "cudnn": ("PyTorch, cuDNN's attention", "#f3c29b"),
+             "efficient": ("PyTorch, memory-efficient attention", "#b9a3d0")}
+    for name, (label, color) in peers.items():
         for group, row in enumerate(rows):
             if name in row:
+                place = group + ([peer for peer in peers if peer in row].index(name) - 1) * 0.27
                 rate = row["B"] * row["T"] / statistics.mean(row[name]) * 1e3
-                axes.bar(group + (i - 1) * 0.27, rate, 0.25, color=color,
-                         label=names[name] if not group else None)
-                axes.annotate(f"{rate / 1e3:,.0f}k", (group + (i - 1) * 0.27, rate), (0, 3), ha="center", fontsize=8,
+                axes.bar(place, rate, 0.25, color=color, label=label)
+                label = None  # once in the legend
+                axes.annotate(f"{rate / 1e3:,.0f}k", (place, rate), (0, 3), ha="center", fontsize=7,
                               textcoords="offset points", color=INK, weight="bold" if name == "ours" else "normal")
     axes.set_xticks(range(len(rows)), [f"{row['model']}, B={row['B']}\n{row['precision']}" for row in rows])
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", color=GRID)
-    axes.margins(y=0.2)
-    axes.legend(frameon=False, loc="upper right", fontsize=8, ncols=3)
+    axes.margins(y=0.25)
+    axes.legend(frameon=False, loc="upper right", fontsize=8, ncols=2)
     axes.set_title(f"Tokens a second, T={rows[0]['T']}", loc="left")
 
 
@@ -192,12 +195,13 @@ def plot(measured, path):
     from matplotlib import pyplot
     panels = [(draw, width, results) for key, draw, width in
               (("steps", plot_steps, 1.25), ("curve", plot_curve, 1), ("threads", plot_threads, 1),
-               ("runs", plot_runs, 1.25))
+               ("runs", plot_runs, 1.6))
               for results in measured if results.get(key)]
     if not panels:
         raise ValueError("neither steps, curve, threads nor runs have been measured\n---> HINT: python -m dev.bench")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.8 * len(panels), 4.4), squeeze=False,
-                                   layout="constrained", width_ratios=[width for _, width, _ in panels])
+    widths = [width for _, width, _ in panels]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.4 * sum(widths), 4.4), squeeze=False,
+                                   layout="constrained", width_ratios=widths)
     for (draw, _, results), a in zip(panels, axes[0], strict=True):
         draw(a, results)
     model = f"GPT-2 {measured[0]['model']}. " if "model" in measured[0] else ""
