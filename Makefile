@@ -53,7 +53,7 @@ train-gpu: data .venv-gpu/ready  ## GPT-2 124M on an NVIDIA GPU, on the data of 
 	if [ -f data/gpt2_124M.bin ]; then M=data/gpt2_124M.bin; else M=d12; fi; \
 	$(RUN_GPU) train_gpt2.py --device cuda -e $$M -i $${D}train.bin -j $${D}val.bin -b 4 -t 1024 -x 100 -l 3e-4 -u 10
 
-test-gpu: .venv-gpu/ready  ## the tiny model's gradients in both precisions, and the GPU engine's tests
+test-gpu: .venv-gpu/test  ## the tiny model's gradients in both precisions, and the GPU engine's tests
 	$(RUN_GPU) test_gpt2.py --device cuda --precision fp32
 	$(RUN_GPU) test_gpt2.py --device cuda --precision bf16
 	$(RUN_GPU) -m pytest dev/test/test_cuda.py dev/test/test_cuda_host.py dev/test/test_contract.py
@@ -63,7 +63,11 @@ bench-gpu: .venv-gpu/ready  ## whole steps and kernels; ARGS=--torch puts compil
 
 .venv-gpu/ready: dev/engine/requirements.txt
 	$(PYTHON) -m venv .venv-gpu
-	$(RUN_GPU) -m pip install -q -r dev/engine/requirements.txt pytest
+	$(RUN_GPU) -m pip install -q -r dev/engine/requirements.txt
+	@touch $@
+
+.venv-gpu/test: .venv-gpu/ready
+	$(RUN_GPU) -m pip install -q pytest "cuda-toolkit[nvcc]==13.*"
 	@touch $@
 
 .venv/ready: requirements.txt
