@@ -71,7 +71,7 @@ bench-gpu: .venv-gpu/ready  ## whole steps and kernels; ARGS=--torch puts compil
 	@touch $@
 
 .venv/ready: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is %d.%d\n---> HINT: make PYTHON=python3.12 names another one" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is %d.%d\n---> HINT: make PYTHON=python3.12 names another one" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -r requirements.txt
 	@touch $@

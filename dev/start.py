@@ -23,7 +23,7 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parents[1]
 RUN = "data/runs/first"
 BYTES = "-e gpt2:l4c128h4t128 -b 8 -t 128 -x 4000 -l 2e-3 -u 100 -q 0.1 -c 0.1 --beta2 0.99 --grad_clip 1".split()
-LOOK = "-v 500 -m 20 -s 1000 -g 400 --temperature 0.8 -n 1000 -nk 1".split()
+LOOK = "--log_every 20 -v 500 -m 20 -s 1000 -g 400 --temperature 0.8 -n 1000 -nk 1".split()
 
 
 def run(*command):
