@@ -3,6 +3,7 @@ What dev/engine/cuda.py does around its kernels, on a GPU of NumPy (numpy_gpu.py
 CPUs, from every path through it. The kernels themselves: test_cuda.py.
 """
 import contextlib
+import importlib.util
 import io
 import re
 import sys
@@ -73,12 +74,12 @@ def same_gradients(ours, cpu, bound):
     return norm
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("precision, attention", [("fp32", "own"), ("fp32", "flash"), ("bf16", "own")])
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @pytest.mark.parametrize("B, T", [(3, 20), (1, 1), (2, 64), (2, 13)])
-def test_training(precision, recompute, B, T, several_chunks):
+def test_training(precision, attention, recompute, B, T, several_chunks):
     """Four steps of two micro-batches: by then all that is done in a step has been replayed from a graph."""
-    (ours, cpu), bound = engines(precision), BOUNDS[precision]
+    (ours, cpu), bound = engines(precision, attention=attention), BOUNDS[precision]
     for engine in ours, cpu:
         engine.prepare(B, T, recompute)
     for k in range(4):
@@ -91,6 +92,23 @@ def test_training(precision, recompute, B, T, several_chunks):
     if precision == "fp32":
         for what in "params", "m", "v":
             close(ours.host(what).memory, cpu.host(what).memory, 1e-4)
+
+
+@pytest.mark.parametrize("precision, tf32, NH, capability, expected", [
+    ("bf16", 1, 2, (9, 0), "cudnn"), ("fp32", 1, 2, (8, 0), "flash"), ("fp32", 0, 2, (9, 0), "own"),
+    ("fp32", 1, 2, (7, 5), "own"), ("fp32", 1, 4, (9, 0), "own")])  # the last: heads of 8 channels
+def test_attention_is_chosen(precision, tf32, NH, capability, expected, monkeypatch):
+    config = t.GPT2Config(64, 37, 128, 1, NH, 32)
+    monkeypatch.setattr(numpy_gpu.Gpu, "capability", capability)
+
+    def choose(wish):
+        return numpy_gpu.engine(config, t.parameter_table(config), weights(config), precision=precision, tf32=tf32,
+                                attention=wish).attention_name
+    assert choose("auto") == expected or expected == "cudnn" and not importlib.util.find_spec("cudnn")
+    assert choose("own") == "own"
+    for wish in {"cudnn", "flash"} - {expected}:
+        with pytest.raises(ValueError, match=f"--attention {wish} needs .*\n---> HINT: --attention own"):
+            choose(wish)
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
