@@ -81,12 +81,13 @@ def columns(stream):
 
 
 def smoothed(values, window):
-    """The mean of each value and those around it: `window` of them, fewer at both ends"""
+    """The mean of each value and those around it: `window` of them; fewer at the beginning, where values fall fast, and
+    at the end none that come later"""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    halves = (min(window // 2, i, len(values) - 1 - i) for i in range(len(values)))
-    return [(sums[i + half + 1] - sums[i - half]) / (2 * half + 1) for i, half in enumerate(halves)]
+    ends = ((max(0, i - window // 2), min(i + min(window // 2, i) + 1, len(values))) for i in range(len(values)))
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in ends]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ def main():
     args = parser.parse_args()
     tokenizer_path = args.data_dir / "gpt2_tokenizer.bin"
     tokenizer = read_tokenizer(tokenizer_path)[0] if tokenizer_path.exists() else None
-    if tokenizer is None:
+    if tokenizer is None and not all(path.is_dir() for path in args.files):
         say(f"tokens are shown as numbers, for lack of {tokenizer_path} (dev/data/tinyshakespeare.py makes it)")
     fine = True
     for path in args.files:

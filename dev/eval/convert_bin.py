@@ -12,13 +12,13 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
     import sys
     sys.path[0] = os.path.realpath(__file__).rpartition(f"{os.sep}dev{os.sep}")[0]
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from dev.data.command_line import run
 from dev.run.arguments import Parser
-from dev.run.config import is_checkpoint
 from dev.run.files import HEADER_BYTES, MODEL_MAGIC, as_float32, open_file, read_header, require_numbers
 from dev.run.found import model_file
 from dev.run.hf import VERSIONS, write_checkpoint
@@ -32,7 +32,7 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path = path = model_file(str(path))
-        if not is_checkpoint(path):
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"no such checkpoint: {path}\n---> HINT: name a .bin, or a run's folder")
         self.config = model_config(path)
         with open_file(path) as f:

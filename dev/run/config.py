@@ -67,7 +67,8 @@ def named_config(descriptor):
         NH = C // hs
     else:
         known = [f"d{d}" for d in GPT2_DEPTHS] + [f"gpt3:c{c}" for c in GPT3_CHANNELS]
-        raise ValueError(f"unknown model descriptor {descriptor!r}\n---> HINT: known are {' '.join(known)}\n"
+        raise ValueError(f"unknown model descriptor {descriptor!r}\n{hub(descriptor)}"
+                         f"---> HINT: known are {' '.join(known)}\n"
                          "---> HINT: any other shape is like gpt2:l4c256h4 (layers, channels, heads) or "
                          "gpt2:l4c256h4t512v300 (and sequences of up to 512, of 300 tokens)")
     return GPT2Config(maxT, 50257, 50304, L, NH, C)
@@ -83,7 +84,7 @@ def model_config(name):
     if not os.path.isfile(name):
         there = sorted(glob.glob("data/gpt2_124M*.bin") + glob.glob("data/runs/*/model_*.bin"), key=os.path.getmtime)
         found = "".join(f"---> HINT: -e {path} is there\n" for path in there[-1:])
-        raise FileNotFoundError(f"no such checkpoint: {name}\n{found}"
+        raise FileNotFoundError(f"no such checkpoint: {name}\n{hub(name)}{found}"
                                 "---> HINT: -e d6 (or d12 …) starts from random weights and needs no file\n"
                                 "---> HINT: python dev/start.py fetches GPT-2's weights and trains them, or a small "
                                 "model where it cannot")
@@ -107,4 +108,12 @@ def model_header(config, version):
 
 
 def is_checkpoint(name):
-    return name.endswith(".bin") or os.path.exists(name)
+    """Is it a file's or a folder's name, there or not, and no descriptor?"""
+    return bool(name.endswith(".bin") or os.path.dirname(name) or os.path.exists(name))
+
+
+def hub(name):
+    """The hint for what may be a name at Hugging Face's hub: gpt2, gpt2-medium, openai-community/gpt2 ..."""
+    if not re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", name):
+        return ""
+    return f"---> HINT: python -m dev.eval.import_hf -i {name} -o data/{os.path.basename(name)}.bin fetches it\n"

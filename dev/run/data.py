@@ -82,6 +82,7 @@ def choose_data(flags, model):
                 break
     if is_checkpoint(model) or re.search(r"v\d+$", model):
         return model
+    model_config(model)  # an unknown one is said as it was typed
     vocabulary = vocabulary_in(find_shards(flags.input_bin)[0])
     return f"{model}v{vocabulary}" if vocabulary else model
 

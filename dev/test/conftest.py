@@ -75,9 +75,9 @@ def strips(new):
 @pytest.fixture
 def make_shard():
     """make_shard(path, tokens, ...): write a shard, sound unless told otherwise; returns its path as a string."""
-    def make_shard(path, tokens, magic=20240520, version=1, count=None):
+    def make_shard(path, tokens, magic=20240520, version=1, count=None, vocabulary=0):
         header = np.zeros(256, "<i4")
-        header[:3] = magic, version, len(tokens) if count is None else count
+        header[:4] = magic, version, len(tokens) if count is None else count, vocabulary
         path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
         return str(path)
     return make_shard

@@ -220,6 +220,19 @@ def test_unknown_descriptors(refused, name):
     refused(f"-e {name}", f"'{name}'", "HINT", "d12", "gpt3:c768")
 
 
+def test_an_unknown_descriptor_is_said_as_it_was_typed(refused, make_shard, tmp_path):
+    """even where the data, which are not GPT-2's, would have brought a vocabulary along"""
+    make_shard(tmp_path / "bytes.bin", tokens=range(100), vocabulary=257)
+    refused(f"-e nonsense -i {tmp_path}/bytes.bin", "unknown model descriptor 'nonsense'\n")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("runs/nothing", "no such checkpoint: runs/nothing\n"), ("gpt2", "import_hf -i gpt2 -o data/gpt2.bin"),
+    ("openai-community/gpt2-xl", "import_hf -i openai-community/gpt2-xl -o data/gpt2-xl.bin")])
+def test_models_that_are_not_there(refused, name, message):
+    refused(f"-e {name}", message)
+
+
 def test_a_folder_is_no_checkpoint(refused, tmp_path):
     refused(f"-e {tmp_path}", str(tmp_path))
 
