@@ -282,12 +282,12 @@ class Block:
         return self.gridDim.x * self.blockDim.x
 
     def launch(self, function, grid, block, args, shared):
-        (gx, gy), (bx, by) = ((x, 1) if isinstance(x, int) else x for x in (grid, block))
+        (gx, gy, gz), (bx, by, _) = ((*np.atleast_1d(x), 1, 1)[:3] for x in (grid, block))
         self.gridDim, self.blockDim, self.bytes = SimpleNamespace(x=gx, y=gy), SimpleNamespace(x=bx, y=by), shared
         kernel = self.sources.generator(function)
         places = [SimpleNamespace(x=n % bx, y=n // bx) for n in range(bx * by)]
-        for n in range(gx * gy):
-            self.blockIdx, self.asked, self.arrays, self.interval = SimpleNamespace(x=n % gx, y=n // gx), {}, {}, 0
+        for z, y, x in np.ndindex(gz, gy, gx):
+            self.blockIdx, self.asked, self.arrays, self.interval = SimpleNamespace(x=x, y=y, z=z), {}, {}, 0
             self.run([kernel(*args) for _ in places], places)
 
     def run(self, threads, places):

@@ -113,8 +113,8 @@ def test_kernels_compile(name, acts, translate):
 
 @pytest.mark.parametrize("hs", [16, 48, 64])
 def test_flash_attention_compiles(hs, translate):
-    """Two blocks of each kernel are on a multiprocessor at a time; keys and values come 16 bytes at a time; a product
-    of (16, 64) by (64, 64) has 64 instructions."""
+    """Nothing spills before registers are capped; keys and values come 16 bytes at a time; a product of (16, 64) by
+    (64, 64) has 64 instructions."""
     products = {"flash_forward": 2, "flash_dq": 3, "flash_dkv": 4}
     for kernel, (name, kinds) in zip(flash_attention.kernels(hs), FLASH.items()):
         ptx, said = translate(kernel, kinds)
