@@ -122,6 +122,7 @@ def exponentials(x, scale):
 #               and a few of A, and uses every one of them many times
 #   L1 cache    a panel of B, KC words x NR, is packed: copied to where micro() reads it in order
 #   L2, L3      a block of A, MC x KC words, is packed too, and multiplied with all panels of B before it is replaced
+#   DRAM        AMX waits for little else: it packs panels of B by the dozen, in long runs, and stores past the caches
 # Each sum adds its products in the order of k, however the output is cut into tiles: bits don't depend on threads.
 #
 # Panels are 32-bit words, whose type is the precision, so that Numba compiles each kernel once for each: float32 is a
@@ -135,10 +136,11 @@ MR, NV = (8, 2) if VL == 16 else (4, 4) if platform.machine().lower() in ("arm64
 NR = NV * VL                       # a multiple of MR, and a divisor of GPT-2's sizes
 AMX = "+amx-bf16" in CPU_FEATURES and VL == 16
 PAIRS = AMX or "+avx512bf16" in CPU_FEATURES and VL == 16
-KC, AMX_KC = 256, 384              # the panel of B has 12 to 32 kB: it stays in the L1 cache. AMX is fed from L2
-MC, NC = 512, 384                  # the largest tile: a block of A fills half of the L2 cache
-PANELS = (MC + NR) * (AMX_KC if AMX else KC)  # words of a thread's packed panels: the block of A, the panel of B
+KC, AMX_KC = 256, 192              # the panel of B has 12 to 32 kB: it stays in the L1 cache
+MC, NC, AMX_NC = 512, 384, 768     # the largest tile: its packed blocks fill half of the L2 cache
+PANELS = max((MC + NR) * KC, (MC + AMX_NC) * AMX_KC if AMX else 0)  # words of a thread's packed block of A, panels of B
 TILE, AMX_ROWS = 16, 32            # AMX's registers hold 16 rows of 16 words; four of them make 32 x 32 sums
+LATE = 0.25                        # of a tile: what one thread, which others disturb, takes longer than the rest
 i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 i8, i8p = ir.IntType(8), ir.IntType(8).as_pointer()
 
@@ -162,6 +164,7 @@ def constant(value_of):
 numbers = constant(lambda dtype: 2 if dtype == types.uint32 else 1)                         # in a word
 panel_rows = constant(lambda dtype: AMX_ROWS if AMX and dtype == types.uint32 else MR)      # of A, that micro() takes
 panel_depth = constant(lambda dtype: AMX_KC if AMX and dtype == types.uint32 else KC)       # words
+tile_columns = constant(lambda dtype: AMX_NC if AMX and dtype == types.uint32 else NC)      # the most
 packing = constant(lambda dtype: 24 if AMX and dtype == types.uint32 else 8)                # sums while one is packed
 panel_step = constant(lambda dtype: TILE if AMX and dtype == types.uint32 else 4)           # words, that micro() takes
 
@@ -183,13 +186,11 @@ def call(builder, name, result, *args):
 
 
 def vector_load(builder, pointer, length):
-    vector = builder.load(builder.bitcast(pointer, ir.VectorType(f32, length).as_pointer()))
-    vector.align = 4
-    return vector
+    return builder.load(builder.bitcast(pointer, ir.VectorType(f32, length).as_pointer()), align=4)
 
 
-def vector_store(builder, vector, pointer):
-    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4
+def vector_store(builder, vector, pointer, align=4):
+    return builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align)
 
 
 def row_pointers(builder, first, row_bytes, rows):
@@ -200,8 +201,7 @@ def row_pointers(builder, first, row_bytes, rows):
 
 
 def prefetch_line(builder, pointer, write):
-    flags = [ir.Constant(i32, x) for x in (write, 2 + write, 1)]
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, i8p), *flags)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, i8p), *map(i32, (write, 2 + write, 1)))
 
 
 def pick_lanes(builder, x, y, lanes):
@@ -243,18 +243,18 @@ def vector_sums(builder, row, a, b, kc, add, paired):
             vector_store(builder, builder.fadd(before, builder.load(sums[r][v])), p)
 
 
-def tile_sums(builder, row, a, b, kc, add, row_bytes):
+def tile_sums(builder, row, a, b, kc, add, past, row_bytes):
     """micro() with AMX: 2 x 2 registers of 16 x 16 sums; registers 4, 5 take A, 6, 7 B"""
     number, line, void = [ir.Constant(i8, n) for n in range(8)], ir.Constant(i64, 64), ir.VoidType()
     tile = lambda name, n, p, stride: call(builder, f"llvm.x86.tile{name}64", void, number[n],
                                            builder.bitcast(p, i8p), stride)
-    corners = [(2 * r + c, at(builder, row[TILE * r], TILE * c)) for r in range(2) for c in range(2)]
+    corners = lambda row: [(2 * r + c, at(builder, row[TILE * r], TILE * c)) for r in range(2) for c in range(2)]
     with builder.if_else(add) as (adding, writing):
         with adding:
-            for n, p in corners:
+            for n, p in corners(row):
                 tile("loadd", n, p, row_bytes)
         with writing:
-            for n, _ in corners:
+            for n in range(4):
                 call(builder, "llvm.x86.tilezero", void, number[n])
     with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 4)), intp=i64) as loop:
         ak, bk = (at(builder, p, builder.mul(loop.index, ir.Constant(i64, TILE * 32))) for p in (a, b))
@@ -263,26 +263,37 @@ def tile_sums(builder, row, a, b, kc, add, row_bytes):
             tile("loadd", 6 + n, at(builder, bk, TILE * n), ir.Constant(i64, 4 * NR))
         for n in range(4):
             call(builder, "llvm.x86.tdpbf16ps", void, number[n], number[4 + n // 2], number[6 + n % 2])
-    for n, p in corners:
-        tile("stored", n, p, row_bytes)
+    block, block_bytes = cgutils.alloca_once(builder, f32, AMX_ROWS * NR), ir.Constant(i64, 4 * NR)
+    block.align, block_row = 64, row_pointers(builder, block, block_bytes, AMX_ROWS)
+    with builder.if_else(past) as (streaming, storing):
+        with streaming:  # tiles have no such store
+            for n, p in corners(block_row):
+                tile("stored", n, p, block_bytes)
+            for x, y in zip(block_row, row):
+                for v in range(0, NR, VL):
+                    store = vector_store(builder, vector_load(builder, at(builder, x, v), VL), at(builder, y, v), 64)
+                    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(i32, 1)]))
+        with storing:
+            for n, p in corners(row):
+                tile("stored", n, p, row_bytes)
 
 
 @intrinsic
-def micro(typingctx, C, i, j, panels, a, b, kc, add):
+def micro(typingctx, C, i, j, panels, a, b, kc, add, past):
     """C[i:i+panel_rows, j:j+NR] (+)= the panel of A at panels[a:] times that of B at panels[b:], kc words deep: a
-    multiple of panel_step"""
+    multiple of panel_step. past: AMX stores past the caches, which spares reading C. Its rows begin at cache lines"""
     def codegen(context, builder, sig, args):
-        C, i, j, panels, a, b, kc, add = args
+        C, i, j, panels, a, b, kc, add, past = args
         c, (row_bytes, _) = element_pointer(context, builder, sig.args[0], C, i, j)
         a, b = (element_pointer(context, builder, sig.args[3], panels, x)[0] for x in (a, b))
         paired = sig.args[3].dtype == types.uint32
         rows = row_pointers(builder, c, row_bytes, AMX_ROWS if paired and AMX else MR)
         if paired and AMX:
-            tile_sums(builder, rows, a, b, kc, add, row_bytes)
+            tile_sums(builder, rows, a, b, kc, add, past, row_bytes)
         else:
             vector_sums(builder, rows, a, b, kc, add, paired)
         return context.get_dummy_value()
-    return types.void(C, types.intp, types.intp, panels, types.intp, types.intp, types.intp, types.boolean), codegen
+    return types.void(C, *[types.intp] * 2, panels, *[types.intp] * 3, *[types.boolean] * 2), codegen
 
 
 @intrinsic
@@ -372,31 +383,25 @@ def prefetch(typingctx, X, i, j):
 
 
 @inner
-def pack_edge(panels, place, width, X, rowwise):
-    """pack_square() of an X that has fewer rows or numbers: zeros stand for those that it lacks"""
-    square = np.zeros((MR, numbers(panels) * MR), np.float32)
-    square[:X.shape[0], :X.shape[1]] = X
-    pack_square(panels, place, width, square, 0, 0, rowwise)
-
-
-@inner
 def pack(panels, o, X, width, rowwise):
-    """A panel from X (rows, depth): word o + n*width + r is X's row r at its nth word, with zeros for rows up to the
-    panel's width and words up to a multiple of panel_step. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
-    rows, depth = X.shape
-    many, step = numbers(panels), panel_step(panels)
+    """Panels of `width` rows of X (rows, depth), panel_depth words apart: word o + n*width + r is X's row r at its nth
+    word; zeros stand for what X lacks. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
+    (rows, depth), many, step = X.shape, numbers(panels), panel_step(panels)
     rowwise = rowwise and step == TILE  # known when this is compiled: only AMX's panels are
+    stride, height = TILE if rowwise else width, (rows + width - 1) // width * width
     total = (depth + many * step - 1) // (many * step) * step
-    whole_rows, whole, stride = rows // MR * MR, depth // (many * MR) * MR, TILE if rowwise else width
-    for n0 in range(0, whole, 16):  # whole cache lines of MR rows: those of more rows may drive each other out
-        for r in range(0, whole_rows, MR):
-            for n in range(n0, min(whole, n0 + 16), MR):
-                place = o + (n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r)
+    by_rows = X.strides[1] == 4  # what is contiguous is read in order, so that the processor fetches it ahead
+    for outer in range(0, height if by_rows else total, MR):
+        for within in range(0, total if by_rows else height, MR):
+            r, n = (outer, within) if by_rows else (within, outer)
+            place = o + r // width * width * panel_depth(panels)
+            place += n // TILE * TILE * width + r % width * TILE + n % TILE if rowwise else n * width + r % width
+            if r + MR <= rows and (n + MR) * many <= depth:
                 pack_square(panels, place, stride, X, r, n * many, rowwise)
-    for r in range(0, width, MR):  # where X ends within a square, or before it
-        for n in range(whole if r < whole_rows else 0, total, MR):
-            place = o + (n // TILE * TILE * width + r * TILE + n % TILE if rowwise else n * width + r)
-            pack_edge(panels, place, stride, X[r:r + MR, n * many:(n + MR) * many], rowwise)
+            else:
+                part, square = X[r:r + MR, n * many:(n + MR) * many], np.zeros((MR, many * MR), np.float32)
+                square[:part.shape[0], :part.shape[1]] = part
+                pack_square(panels, place, stride, square, 0, 0, rowwise)
 
 
 @inner
@@ -412,25 +417,26 @@ SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see ti
 
 
 @inner
-def tile_product(C, A, B, add, panels, triangle=0, d=0):
+def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
     """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; panels (PANELS,): scratch memory.
 
     triangle: SCORES = nobody needs C[r, c] with c > r + d; LOWER, UPPER = A[r, k] is 0 where k > r + d, k < r + d.
+    later: C is not read while it would still be in the caches.
     """
-    M, N = C.shape
-    K = A.shape[1]
+    (M, N), K = C.shape, A.shape[1]
     R, depth_max, step, many = panel_rows(panels), panel_depth(panels), panel_step(panels), numbers(panels)
-    panel_b = MC * depth_max  # where the panel of B begins, behind the block of A
+    panels_b, wide = MC * depth_max, tile_columns(panels) if step == TILE else NR  # B's place; columns packed at once
     edge = np.empty((R, NR), np.float32)  # takes the sums where the tile ends inside a panel
+    past = later and not add and K <= depth_max * many and C.ctypes.data % 64 == C.strides[0] % 64 == 0
     use_tiles(panels, True)
     for k0 in range(0, K, depth_max * many):
         k1 = min(K, k0 + depth_max * many)
         depth = (k1 - k0 + many * step - 1) // (many * step) * step
         adding = add or k0 > 0
-        for i in range(0, M, R):
-            pack(panels, i * depth_max, A[i:i + R, k0:k1], R, R != MR)
+        pack(panels, 0, A[:, k0:k1], R, R != MR)
         for j in range(0, N, NR):
-            pack(panels, panel_b, B[k0:k1, j:j + NR].T, NR, False)
+            if j % wide == 0:
+                pack(panels, panels_b, B[k0:k1, j:j + wide].T, NR, False)
             following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + depth_max * many, :NR]).T
             for i in range(0, M, R):
                 if step != TILE:  # AMX is so fast that the processor's own prefetching does better
@@ -442,11 +448,11 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0):
                     end = max(0, min(depth, (i + R + d - k0 + many * step - 1) // (many * step) * step))
                 elif triangle == UPPER:
                     begin = max(0, min(depth, (i + d - k0) // (many * step) * step))
-                a, b = i * depth_max + begin * R, panel_b + begin * NR
+                a, b = i * depth_max + begin * R, panels_b + j % wide * depth_max + begin * NR
                 if i + R <= M and j + NR <= N:
-                    micro(C, i, j, panels, a, b, end - begin, adding)
+                    micro(C, i, j, panels, a, b, end - begin, adding, past)
                 else:
-                    micro(edge, 0, 0, panels, a, b, end - begin, False)
+                    micro(edge, 0, 0, panels, a, b, end - begin, False, False)
                     for r in range(min(R, M - i)):
                         for c in range(min(NR, N - j)):
                             C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
@@ -464,7 +470,7 @@ def take(typingctx, counter):
 
 
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
-    def tile_product(C, A, B, add, panels, triangle=0, d=0):
+    def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
         if panels.dtype != np.float32:  # rounds as rounded() does
             A, B = (np.ascontiguousarray(X).view(np.uint32) for X in (A, B))
             A, B = (((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32) for bits in (A, B))
@@ -474,11 +480,7 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
         counter[0] += 1
         return counter[0] - 1
 
-    def packing(panels):
-        return 8
-
-
-LATE = 0.25  # of a tile: what one thread, which others disturb, takes longer than the rest
+    packing, tile_columns = lambda panels: 8, lambda panels: NC
 
 
 @inner
@@ -487,7 +489,7 @@ def cut(M, N, panels):
     first. A tile takes the time of its sums and of packing its rows and columns, by the depth of the product"""
     best, down, across = np.inf, 0, 0
     for rows in range(AMX_ROWS, MC + 1, AMX_ROWS):
-        for columns in range(NR, NC + 1, NR):
+        for columns in range(NR, tile_columns(panels) + 1, NR):
             tiles = ((M + rows - 1) // rows) * ((N + columns - 1) // columns)
             busiest = (tiles + len(panels) - 1) // len(panels) + LATE
             time = busiest * (rows * columns + packing(panels) * (rows + columns))
@@ -659,7 +661,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
     BT, C = inp.shape
     OC = dout.shape[1]
     dinp_tiles, dweight_tiles = cut(BT, C, panels), cut(OC, C, panels)
-    counter = np.zeros(1, np.int64)
+    counter, large = np.zeros(1, np.int64), dweight.size >= 1 << 19  # 2 MB: less may stay in the caches until AdamW
     for thread in prange(len(panels)):
         tile = take(counter)
         while tile < len(dinp_tiles) + len(dweight_tiles):
@@ -668,7 +670,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
                 tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, panels[thread])
             else:
                 o0, o1, j0, j1 = dweight_tiles[tile - len(dinp_tiles)]
-                tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, panels[thread])
+                tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, panels[thread], 0, 0, large)
                 if dbias.size and j0 == 0:
                     sum_rows(dbias, dout, o0, o1, add)
             tile = take(counter)
@@ -1009,8 +1011,8 @@ class GPT2(Engine):
     def describe(self):
         ours = f"Numba, {MR} x {NR} micro-kernel, {VL * 32}-bit vectors"
         if self.precision == "bf16":
-            unit = "by float32 products" if self.panel_type == np.int32 else "by AMX" if AMX else "by AVX512-BF16"
-            ours = f"Numba, bfloat16 {unit}"
+            unit = "float32 products" if self.panel_type == np.int32 else "AMX" if AMX else "AVX512-BF16"
+            ours = f"Numba, bfloat16 by {unit}"
         product = f"NumPy's BLAS ({self.blas})" if self.blas else ours
         threads = numba.get_num_threads()  # starts them, which settles the threading layer
         return [f"threads: {threads} ({numba.threading_layer()}) | matrix product: {product}"]
@@ -1245,7 +1247,7 @@ def multiply_in_cache(panels, repeats):
         C = np.empty((panel_rows(panels), NR), np.float32)
         use_tiles(panels, True)
         for _ in range(repeats):
-            micro(C, 0, 0, panels[thread], 0, MC * panel_depth(panels), KC, False)
+            micro(C, 0, 0, panels[thread], 0, MC * panel_depth(panels), panel_depth(panels), False, False)
         use_tiles(panels, False)
 
 
@@ -1254,15 +1256,14 @@ def measure_peak(panels):
     many short loops, since neighbours may disturb some of them. NaN in plain Python"""
     if numba.config.DISABLE_JIT:
         return math.nan
-    repeats, (rows, many) = 4000, (AMX_ROWS if AMX else MR, 2) if panels.dtype == np.uint32 else (MR, 1)
-    return len(panels) * repeats * 2 * rows * NR * KC * many / shortest(multiply_in_cache, panels, repeats)
+    pairs, repeats = panels.dtype == np.uint32, 4000
+    rows, depth = (AMX_ROWS, AMX_KC) if AMX and pairs else (MR, KC)
+    return len(panels) * repeats * 2 * rows * NR * depth * (1 + pairs) / shortest(multiply_in_cache, panels, repeats)
 
 
 def run_kernels(precision, attention_first=False):
     """Run every kernel once, on a model that is as small as can be: then it has been compiled or found in the cache.
-
-    attention_first: begin with the attention, else with the products, so that two processes compile different kernels
-    """
+    attention_first: begin with the attention, else with the products, for two processes that share the compiling"""
     draw(precision)
     model = GPT2(GPT2Config(4, 5, 128, 1, 1, 16), precision=precision, matmul="numba")
     model.params.memory.fill(0)

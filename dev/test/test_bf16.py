@@ -5,11 +5,12 @@ processor has; whole steps against float32; the same bits on any number of threa
 import numba
 import numpy as np
 import pytest
-from formulas import F32
+from formulas import F32, close, normal
 from models import LONG, ODD, batch, tensors, unsettled
 from products import check_tile_product, check_triangles
 
 import train_gpt2 as t
+from dev.run.engine import aligned
 from dev.run.machine import allow_amx
 
 PANELS = [np.int32] + ([np.uint32] if t.PAIRS and (not t.AMX or allow_amx()) else [])  # rounded numbers; pairs
@@ -27,10 +28,25 @@ def panels(request):
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 50, 3), (3, 7, 4), (8, 48, 192), (9, 49, 193), (32, 32, 32),
-                                     (17, 100, 258), (33, 33, 800), (250, 130, 515), (512, 64, 1600)])
+                                     (17, 100, 258), (33, 33, 800), (250, 130, 515), (40, 850, 400), (512, 64, 1600)])
 @pytest.mark.parametrize("add", [False, True])
 def test_tile_product(rng, new, panels, M, N, K, add):
     check_tile_product(rng, new, panels, M, N, K, add, rounded, 2e-6)
+
+
+@pytest.mark.parametrize("M, N, K", [(64, 96, 128), (70, 90, 250), (32, 32, 800)])
+def test_stores_past_the_caches(rng, panels, M, N, K):
+    A, B, results = normal(rng, M, K), normal(rng, K, N), []
+    for start in 0, 1:  # at a cache line, where AMX stores in another way, and not
+        for later in False, True:
+            C = aligned((M + 2) * 128)
+            C[:] = 7
+            C = C.reshape(M + 2, 128)[1:, start:]
+            t.tile_product(C[:M, :N], A, B, False, panels, 0, 0, later)
+            assert (C[M] == 7).all() and (C[:, N:] == 7).all(), "written outside the tile"
+            results.append(C[:M, :N].tobytes())
+    assert len(set(results)) == 1
+    close(C[:M, :N], rounded(A) @ rounded(B), 2e-6)
 
 
 @pytest.mark.parametrize("M, N, K", [(13, 66, 70), (128, 640, 64), (300, 40, 130), (40, 30, 517)])
