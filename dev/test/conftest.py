@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "200"  # lines that say all, wherever tests run
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background: programs that we start hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numba
 import numpy as np
