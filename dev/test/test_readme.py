@@ -122,7 +122,7 @@ def commands(text):
     blocks = re.split(r"^```(.*)\n", text, flags=re.M)  # prose, language, block, "", prose, …
     for i, block in enumerate(blocks):
         if i % 4 == 0:
-            for line in block.splitlines():
+            for line in re.sub(r"(?<=[^|\n])\n(?=[^\s|])", " ", block).splitlines():  # a wrapped paragraph is one line
                 codes = [line.strip()] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
                 if line.startswith("| ") and codes and not line.startswith("| | "):
                     codes = [re.sub("^(-[edo] |--[lp])", r"python train_gpt2.py \1", code) for code in codes]
