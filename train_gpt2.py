@@ -246,8 +246,7 @@ def vector_sums(builder, row, a, b, kc, add, paired):
 def tile_sums(builder, row, a, b, kc, add, past, row_bytes):
     """micro() with AMX: 2 x 2 registers of 16 x 16 sums; registers 4, 5 take A, 6, 7 B"""
     number, line, void = [ir.Constant(i8, n) for n in range(8)], ir.Constant(i64, 64), ir.VoidType()
-    tile = lambda name, n, p, stride: call(builder, f"llvm.x86.tile{name}64", void, number[n],
-                                           builder.bitcast(p, i8p), stride)
+    tile = lambda name, n, p, by: call(builder, f"llvm.x86.tile{name}64", void, number[n], builder.bitcast(p, i8p), by)
     corners = lambda row: [(2 * r + c, at(builder, row[TILE * r], TILE * c)) for r in range(2) for c in range(2)]
     with builder.if_else(add) as (adding, writing):
         with adding:
@@ -258,6 +257,12 @@ def tile_sums(builder, row, a, b, kc, add, past, row_bytes):
                 call(builder, "llvm.x86.tilezero", void, number[n])
     with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 4)), intp=i64) as loop:
         ak, bk = (at(builder, p, builder.mul(loop.index, ir.Constant(i64, TILE * 32))) for p in (a, b))
+        with builder.if_then(builder.not_(past)):  # the next rows' places come from memory meanwhile, three in a step
+            n = builder.add(builder.mul(loop.index, ir.Constant(i64, 3)), ir.Constant(i64, AMX_ROWS))
+            following = builder.gep(builder.bitcast(row[0], i8p), [builder.mul(n, row_bytes)])
+            for p in row_pointers(builder, following, row_bytes, 3):
+                for half in p, at(builder, p, TILE):
+                    prefetch_line(builder, half, 1)
         for n in range(2):
             tile("loadd", 4 + n, at(builder, ak, TILE * TILE * n), line)
             tile("loadd", 6 + n, at(builder, bk, TILE * n), ir.Constant(i64, 4 * NR))
@@ -265,17 +270,14 @@ def tile_sums(builder, row, a, b, kc, add, past, row_bytes):
             call(builder, "llvm.x86.tdpbf16ps", void, number[n], number[4 + n // 2], number[6 + n % 2])
     block, block_bytes = cgutils.alloca_once(builder, f32, AMX_ROWS * NR), ir.Constant(i64, 4 * NR)
     block.align, block_row = 64, row_pointers(builder, block, block_bytes, AMX_ROWS)
-    with builder.if_else(past) as (streaming, storing):
-        with streaming:  # tiles have no such store
-            for n, p in corners(block_row):
-                tile("stored", n, p, block_bytes)
-            for x, y in zip(block_row, row):
-                for v in range(0, NR, VL):
-                    store = vector_store(builder, vector_load(builder, at(builder, x, v), VL), at(builder, y, v), 64)
-                    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(i32, 1)]))
-        with storing:
-            for n, p in corners(row):
-                tile("stored", n, p, row_bytes)
+    by = builder.select(past, block_bytes, row_bytes)
+    for n, p in corners([builder.select(past, x, y) for x, y in zip(block_row, row)]):
+        tile("stored", n, p, by)
+    with builder.if_then(past):  # tiles have no such store
+        for x, y in zip(block_row, row):
+            for v in range(0, NR, VL):
+                store = vector_store(builder, vector_load(builder, at(builder, x, v), VL), at(builder, y, v), 64)
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(i32, 1)]))
 
 
 @intrinsic
