@@ -2,6 +2,7 @@
 What the operating system says: processors, memory.
 """
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -9,6 +10,7 @@ import sys
 import time
 
 
+@functools.cache  # OMP_PROC_BIND will tie this thread to one of them
 def allowed_cpus():
     """The set of processors that this process may run on"""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -76,3 +76,13 @@ print(json.dumps([sorted(set(before.items()) ^ set(os.environ.items())), train_g
 def test_importing_the_trainer_leaves_the_environment_alone(python):
     out, err = python("-c", IMPORT).communicate()
     assert err == "" and json.loads(out) == [[], "train_gpt2"]
+
+
+def test_threads_that_openmp_binds(python):
+    """OMP_PROC_BIND ties the main thread to one processor as soon as the threads start: they stay as many."""
+    if len(machine.allowed_cpus()) < 2:
+        pytest.skip("there is one processor")
+    out, err = python("-c", "import train_gpt2 as t; t.build('d6').describe(); t.build('d6'); "
+                      "print(t.numba.get_num_threads())",
+                      OMP_PROC_BIND="true", OMP_NUM_THREADS="2").communicate()
+    assert (out, err) == ("2\n", "")
