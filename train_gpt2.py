@@ -34,6 +34,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+from dev.run.blas import blas_backward, blas_forward
 from dev.run.checkpoints import Run, newest_checkpoint, part_of, read_run_checkpoint
 from dev.run.compiling import cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
@@ -121,7 +122,8 @@ def exponentials(x, scale):
 #   registers   micro() keeps a block of sums in registers during a whole loop over k: each step loads NR numbers of B
 #               and a few of A, and uses every one of them many times
 #   L1 cache    a panel of B, KC words x NR, is packed: copied to where micro() reads it in order
-#   L2, L3      a block of A, MC x KC words, is packed too, and multiplied with all panels of B before it is replaced
+#   L2, L3      a block of A, MC x KC words, is multiplied with all panels of B before the next is; it is packed too,
+#               but for float32 rows, which micro() can read in order where they are
 #   DRAM        AMX waits for little else: it packs panels of B by the dozen, in long runs, and stores past the caches
 # Each sum adds its products in the order of k, however the output is cut into tiles: bits don't depend on threads.
 #
@@ -156,11 +158,12 @@ def constant(value_of):
     """A function of panels that is value_of(their dtype), known when its caller is compiled"""
     @intrinsic
     def constant(typingctx, panels):
-        value = value_of(panels.dtype)
+        value = int(value_of(panels.dtype))
         return types.intp(panels), lambda context, builder, sig, args: ir.Constant(i64, value)
     return constant
 
 
+reads_rows = constant(lambda dtype: dtype == types.float32)                                 # of A where they are
 numbers = constant(lambda dtype: 2 if dtype == types.uint32 else 1)                         # in a word
 panel_rows = constant(lambda dtype: AMX_ROWS if AMX and dtype == types.uint32 else MR)      # of A, that micro() takes
 panel_depth = constant(lambda dtype: AMX_KC if AMX and dtype == types.uint32 else KC)       # words
@@ -220,19 +223,20 @@ def multiply_add(builder, x, y, total, paired):
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, x, y)
 
 
-def vector_sums(builder, row, a, b, kc, add, paired):
-    """micro() with MR x NV vectors of sums"""
+def vector_sums(builder, row, a, step, b, kc, add, paired):
+    """micro() with MR x NV vectors of sums. a: pointers to MR rows of A, whose words are `step` words apart"""
     for pointer in row:  # the sums' places come from memory while they are computed
         for column in range(15, NR, 16):
             prefetch_line(builder, at(builder, pointer, column), 1)
     zero = ir.Constant(ir.VectorType(f32, VL), [0.0] * VL)
     sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(NV)] for _ in range(MR)]
     with cgutils.for_range(builder, builder.lshr(kc, ir.Constant(i64, 2)), intp=i64) as loop:
-        ak, bk = (at(builder, p, builder.mul(loop.index, ir.Constant(i64, 4 * n))) for p, n in ((a, MR), (b, NR)))
+        *ak, bk = (at(builder, p, builder.mul(loop.index, ir.Constant(i64, 4 * n))) for p, n in
+                   (*((p, step) for p in a), (b, NR)))
         for k in range(4):
             bs = [vector_load(builder, at(builder, bk, k * NR + v * VL), VL) for v in range(NV)]
             for r in range(MR):
-                x = pick_lanes(builder, vector_load(builder, at(builder, ak, k * MR + r), 1),
+                x = pick_lanes(builder, vector_load(builder, at(builder, ak[r], k * step), 1),
                                ir.Constant(ir.VectorType(f32, 1), ir.Undefined), [0] * VL)
                 for y, s in zip(bs, sums[r]):
                     builder.store(multiply_add(builder, x, y, builder.load(s), paired), s)
@@ -281,21 +285,27 @@ def tile_sums(builder, row, a, b, kc, add, past, row_bytes):
 
 
 @intrinsic
-def micro(typingctx, C, i, j, panels, a, b, kc, add, past):
-    """C[i:i+panel_rows, j:j+NR] (+)= the panel of A at panels[a:] times that of B at panels[b:], kc words deep: a
-    multiple of panel_step. past: AMX stores past the caches, which spares reading C. Its rows begin at cache lines"""
+def micro(typingctx, C, A, b, kc, add, past):
+    """C[:panel_rows, :NR] (+)= A's first rows times the panel of B at b[0], kc words deep: a multiple of panel_step.
+    A: packed, or (M, K) of float32, whose last row stands for rows that it lacks. past: AMX stores past the caches,
+    which spares reading C. Its rows begin at cache lines"""
     def codegen(context, builder, sig, args):
-        C, i, j, panels, a, b, kc, add, past = args
-        c, (row_bytes, _) = element_pointer(context, builder, sig.args[0], C, i, j)
-        a, b = (element_pointer(context, builder, sig.args[3], panels, x)[0] for x in (a, b))
-        paired = sig.args[3].dtype == types.uint32
-        rows = row_pointers(builder, c, row_bytes, AMX_ROWS if paired and AMX else MR)
-        if paired and AMX:
-            tile_sums(builder, rows, a, b, kc, add, past, row_bytes)
+        C, A, b, kc, add, past = args
+        start, dtype, amx = ir.Constant(i64, 0), sig.args[2].dtype, AMX and sig.args[2].dtype == types.uint32
+        c, (row_bytes, _) = element_pointer(context, builder, sig.args[0], C, start, start)
+        b, _ = element_pointer(context, builder, sig.args[2], b, start)
+        rows = row_pointers(builder, c, row_bytes, AMX_ROWS if amx else MR)
+        place = lambda r: element_pointer(context, builder, sig.args[1], A, r)[0]
+        packed, shape = sig.args[1].ndim == 1, context.make_array(sig.args[1])(context, builder, A).shape
+        last = builder.sub(builder.extract_value(shape, 0), i64(1))
+        a = [at(builder, place(start), r) if packed else
+             place(builder.select(builder.icmp_signed("<", i64(r), last), i64(r), last)) for r in range(MR)]
+        if amx:
+            tile_sums(builder, rows, a[0], b, kc, add, past, row_bytes)
         else:
-            vector_sums(builder, rows, a, b, kc, add, paired)
+            vector_sums(builder, rows, a, MR if packed else 1, b, kc, add, dtype == types.uint32)
         return context.get_dummy_value()
-    return types.void(C, *[types.intp] * 2, panels, *[types.intp] * 3, *[types.boolean] * 2), codegen
+    return types.void(C, A, b, types.intp, *[types.boolean] * 2), codegen
 
 
 @intrinsic
@@ -419,6 +429,13 @@ SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see ti
 
 
 @inner
+def copy(out, inp):
+    for r in range(len(out)):
+        for c in range(out.shape[1]):
+            out[r, c] = inp[r, c]
+
+
+@inner
 def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
     """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; panels (PANELS,): scratch memory.
 
@@ -428,14 +445,15 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
     (M, N), K = C.shape, A.shape[1]
     R, depth_max, step, many = panel_rows(panels), panel_depth(panels), panel_step(panels), numbers(panels)
     panels_b, wide = MC * depth_max, tile_columns(panels) if step == TILE else NR  # B's place; columns packed at once
-    edge = np.empty((R, NR), np.float32)  # takes the sums where the tile ends inside a panel
+    unit, edge = many * step, np.empty((R, 2 * NR), np.float32)[:, :NR]  # edge: the sums where a tile ends in a panel
     past = later and not add and K <= depth_max * many and C.ctypes.data % 64 == C.strides[0] % 64 == 0
     use_tiles(panels, True)
     for k0 in range(0, K, depth_max * many):
         k1 = min(K, k0 + depth_max * many)
-        depth = (k1 - k0 + many * step - 1) // (many * step) * step
-        adding = add or k0 > 0
-        pack(panels, 0, A[:, k0:k1], R, R != MR)
+        depth, adding = (k1 - k0 + unit - 1) // unit * step, add or k0 > 0
+        unpacked = reads_rows(panels) and A.strides[1] == 4 and depth == k1 - k0
+        if not unpacked:
+            pack(panels, 0, A[:, k0:k1], R, R != MR)
         for j in range(0, N, NR):
             if j % wide == 0:
                 pack(panels, panels_b, B[k0:k1, j:j + wide].T, NR, False)
@@ -443,21 +461,20 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
             for i in range(0, M, R):
                 if step != TILE:  # AMX is so fast that the processor's own prefetching does better
                     prefetch_part(following, i // R, (M + R - 1) // R)
-                begin, end = 0, depth
                 if triangle == SCORES and j > i + R - 1 + d:
                     continue
-                elif triangle == LOWER:
-                    end = max(0, min(depth, (i + R + d - k0 + many * step - 1) // (many * step) * step))
-                elif triangle == UPPER:
-                    begin = max(0, min(depth, (i + d - k0) // (many * step) * step))
-                a, b = i * depth_max + begin * R, panels_b + j % wide * depth_max + begin * NR
-                if i + R <= M and j + NR <= N:
-                    micro(C, i, j, panels, a, b, end - begin, adding, past)
+                begin = 0 if triangle != UPPER else max(0, min(depth, (i + d - k0) // unit * step))
+                end = depth if triangle != LOWER else max(0, min(depth, (i + R + d - k0 + unit - 1) // unit * step))
+                whole, part = i + R <= M and j + NR <= N, C[i:i + R, j:j + NR]
+                sums, b = part if whole else edge, panels[panels_b + j % wide * depth_max + begin * NR:]
+                if adding and not whole:
+                    copy(edge[:M - i, :N - j], part)
+                if unpacked:
+                    micro(sums, A[i:, k0 + begin:], b, end - begin, adding, past and whole)
                 else:
-                    micro(edge, 0, 0, panels, a, b, end - begin, False, False)
-                    for r in range(min(R, M - i)):
-                        for c in range(min(NR, N - j)):
-                            C[i + r, j + c] = edge[r, c] + (C[i + r, j + c] if adding else ZERO)
+                    micro(sums, panels[i * depth_max + begin * R:], b, end - begin, adding, past and whole)
+                if not whole:
+                    copy(part, edge[:M - i, :N - j])
     use_tiles(panels, False)
 
 
@@ -676,27 +693,6 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
                 if dbias.size and j0 == 0:
                     sum_rows(dbias, dout, o0, o1, add)
             tile = take(counter)
-
-
-# The same by NumPy's BLAS, for machines where that is faster, or with --matmul blas
-
-def blas_forward(out, act, inp, weight, bias, residual, panels):
-    np.matmul(inp, weight.T, out=out)
-    for more in bias, residual:
-        if more.size:
-            out += more
-    if act.size:
-        gelu_forward(act, out)
-
-
-def blas_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
-    np.matmul(dout, weight, out=dinp)
-    if add:
-        dweight += dout.T @ inp
-    else:
-        np.matmul(dout.T, inp, out=dweight)
-    if dbias.size:
-        np.add(dbias if add else ZERO, dout.sum(0), out=dbias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -994,7 +990,8 @@ class GPT2(Engine):
             raise ValueError("--matmul blas multiplies float32\n---> HINT: --precision fp32, or --matmul numba")
         accelerate = "accelerate" in blas.lower() and self.precision == "fp32"  # it has matrix units that LLVM hasn't
         self.blas = blas if matmul == "blas" or matmul == "auto" and accelerate else None
-        forward, backward = (blas_forward, blas_backward) if self.blas else (matmul_forward, matmul_backward)
+        by_blas = functools.partial(blas_forward, gelu_forward), blas_backward
+        forward, backward = by_blas if self.blas else (matmul_forward, matmul_backward)
         self.kernels = SimpleNamespace(**OTHER_KERNELS, matmul_forward=forward, matmul_backward=backward)
 
     @classmethod
@@ -1246,10 +1243,10 @@ OTHER_KERNELS = {function.__name__: function for function in (
 def multiply_in_cache(panels, repeats):
     # the micro-kernel on panels that stay in the L1 cache: what MFU calls 100 %
     for thread in prange(len(panels)):
-        C = np.empty((panel_rows(panels), NR), np.float32)
+        C, depth = np.empty((panel_rows(panels), NR), np.float32), panel_depth(panels)
         use_tiles(panels, True)
         for _ in range(repeats):
-            micro(C, 0, 0, panels[thread], 0, MC * panel_depth(panels), panel_depth(panels), False, False)
+            micro(C, panels[thread], panels[thread, MC * depth:], depth, False, False)
         use_tiles(panels, False)
 
 

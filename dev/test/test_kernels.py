@@ -4,6 +4,8 @@ Each kernel against its formula in float64 NumPy (formulas.py).
 Outputs are full of NaN before a kernel runs and lie between guards (see conftest.py), so that what is not written, or
 is written outside, shows.
 """
+import functools
+
 import formulas
 import numba
 import numpy as np
@@ -92,13 +94,13 @@ SIZES = [(1, 1, 1), (1, 5, 7), (1, 400, 813), (3, 16, 50), (65, 48, 96), (257, 2
 
 @pytest.mark.parametrize("BT, C, OC", SIZES)
 @pytest.mark.parametrize("parts", ["", "bias", "bias residual", "bias act", "residual", "bias residual act"])
-@pytest.mark.parametrize("backend", ["matmul", "blas"])
-def test_matmul_forward(rng, new, panels, BT, C, OC, parts, backend):
+@pytest.mark.parametrize("forward", [t.matmul_forward, functools.partial(t.blas_forward, t.gelu_forward)])
+def test_matmul_forward(rng, new, panels, BT, C, OC, parts, forward):
     out, inp, weight = new(BT, OC), normal(rng, BT, C), normal(rng, OC, C)
     bias = normal(rng, OC) if "bias" in parts else t.NOTHING[0]
     residual = normal(rng, BT, OC) if "residual" in parts else t.NOTHING
     act = new(BT, OC) if "act" in parts else t.NOTHING
-    getattr(t, f"{backend}_forward")(out, act, inp, weight, bias, residual, panels)
+    forward(out, act, inp, weight, bias, residual, panels)
     expected = np.float64(inp) @ weight.T + (bias if bias.size else 0) + (residual if residual.size else 0)
     close(out, expected)
     if act.size:
@@ -108,8 +110,8 @@ def test_matmul_forward(rng, new, panels, BT, C, OC, parts, backend):
 @pytest.mark.parametrize("BT, C, OC", SIZES)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("backend", ["matmul", "blas"])
-def test_matmul_backward(rng, new, panels, BT, C, OC, has_bias, add, backend):
+@pytest.mark.parametrize("backward", [t.matmul_backward, t.blas_backward])
+def test_matmul_backward(rng, new, panels, BT, C, OC, has_bias, add, backward):
     inp, weight, dout = normal(rng, BT, C), normal(rng, OC, C), normal(rng, BT, OC)
     dinp, dweight, dbias = new(BT, C), new(OC, C), new(OC) if has_bias else t.NOTHING[0]
     before, bias_before = normal(rng, OC, C), normal(rng, OC)
@@ -117,7 +119,7 @@ def test_matmul_backward(rng, new, panels, BT, C, OC, has_bias, add, backend):
         dweight[:] = before
         if has_bias:
             dbias[:] = bias_before
-    getattr(t, f"{backend}_backward")(dinp, dweight, dbias, dout, inp, weight, add, panels)
+    backward(dinp, dweight, dbias, dout, inp, weight, add, panels)
     close(dinp, np.float64(dout) @ weight)
     close(dweight, np.float64(dout).T @ inp + (before if add else 0))
     if has_bias:
