@@ -479,13 +479,13 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
 
 
 @intrinsic
-def take(typingctx, counter):
-    """counter[0], which becomes one more, in an atomic operation: no two threads get the same number. Threads take
-    their next piece of work with it, so that one that a neighbour slows down takes fewer."""
+def take(typingctx, counter, n):
+    """counter[0], to which n is added, in an atomic operation. Threads take their next piece of work with n = 1: no two
+    get the same, and one that a neighbour slows down takes fewer. n = 0: how far others are, and all that they wrote"""
     def codegen(context, builder, sig, args):
         pointer, _ = element_pointer(context, builder, sig.args[0], args[0], ir.Constant(i64, 0))
-        return builder.atomic_rmw("add", builder.bitcast(pointer, i64.as_pointer()), ir.Constant(i64, 1), "monotonic")
-    return types.intp(counter), codegen
+        return builder.atomic_rmw("add", builder.bitcast(pointer, i64.as_pointer()), args[1], "acq_rel")
+    return types.intp(counter, types.intp), codegen
 
 
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
@@ -495,9 +495,9 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
             A, B = (((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32) for bits in (A, B))
         C[:] = A @ B + C if add else A @ B
 
-    def take(counter):
-        counter[0] += 1
-        return counter[0] - 1
+    def take(counter, n):
+        counter[0] += n
+        return counter[0] - n
 
     packing, tile_columns = lambda panels: 8, lambda panels: NC
 
@@ -603,14 +603,12 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add)
                 dw[i] += norm * dy[i]
                 db[i] += dy[i]
                 dx[i] += (weight[i] * dy[i] - dnorm_mean - norm * dnorm_norm_mean) * s
-    for chunk in prange((C + 63) // 64):
-        for i in range(chunk * 64, min(C, chunk * 64 + 64)):
-            w = dweight[i] if add else ZERO
-            b = dbias[i] if add else ZERO
-            for block in range(blocks):
-                w += partial[block, 0, i]
-                b += partial[block, 1, i]
-            dweight[i], dbias[i] = w, b
+    if not add:
+        dweight[:], dbias[:] = ZERO, ZERO
+    for block in range(blocks):  # on one thread: to wake the others would take longer
+        for i in range(C):
+            dweight[i] += partial[block, 0, i]
+            dbias[i] += partial[block, 1, i]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,13 +662,13 @@ def matmul_forward(out, act, inp, weight, bias, residual, panels):
         return
     tiles, counter = cut(BT, OC, panels), np.zeros(1, np.int64)
     for thread in prange(len(panels)):
-        tile = take(counter)
+        tile = take(counter, 1)
         while tile < len(tiles):
             i0, i1, o0, o1 = tiles[tile]
             tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, panels[thread])
             for i in range(i0, i1):  # while the tile is in the cache
                 finish_row(out, act, bias, residual, i, o0, o1)
-            tile = take(counter)
+            tile = take(counter, 1)
 
 
 @kernel
@@ -682,7 +680,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
     dinp_tiles, dweight_tiles = cut(BT, C, panels), cut(OC, C, panels)
     counter, large = np.zeros(1, np.int64), dweight.size >= 1 << 19  # 2 MB: less may stay in the caches until AdamW
     for thread in prange(len(panels)):
-        tile = take(counter)
+        tile = take(counter, 1)
         while tile < len(dinp_tiles) + len(dweight_tiles):
             if tile < len(dinp_tiles):
                 i0, i1, j0, j1 = dinp_tiles[tile]
@@ -692,7 +690,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
                 tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, panels[thread], 0, 0, large)
                 if dbias.size and j0 == 0:
                     sum_rows(dbias, dout, o0, o1, add)
-            tile = take(counter)
+            tile = take(counter, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,7 +721,7 @@ def attention_forward(out, lse, qkv, panels, strips):
     parts, counter = (T + STRIP - 1) // STRIP, np.zeros(1, np.int64)  # parts: strips of a head
     for thread in prange(len(panels)):
         scores = strips[thread, 0]
-        item = take(counter)
+        item = take(counter, 1)
         while item < parts * B * NH:
             b, h, t0 = item // NH % B, item % NH, (parts - 1 - item // (B * NH)) * STRIP
             t1 = min(T, t0 + STRIP)
@@ -743,7 +741,7 @@ def attention_forward(out, lse, qkv, panels, strips):
             for t in range(t0, t1):
                 for i in range(hs):
                     y[t - t0, i] /= sums[t - t0]
-            item = take(counter)
+            item = take(counter, 1)
 
 
 @kernel
@@ -772,43 +770,44 @@ def attention_decode(out, qkv, k, v, NH):
 @kernel
 def attention_backward(dqkv, dout, out, lse, qkv, panels, strips):
     # dqkv (B*T, 3*C), written; dout, out (B*T, C); lse (B, NH, T); qkv (B*T, 3*C)
-    # A thread owns whole heads: all strips add to the head's dk and dv.
-    B, NH, T = lse.shape
-    hs = out.shape[1] // NH
-    scale, counter = ONE / np.sqrt(np.float32(hs)), np.zeros(1, np.int64)
+    # A head's strips add to its dk and dv in turn: first the last one, which writes all of both. Threads work on as
+    # many heads as there are threads, strip by strip, so that they seldom wait for each other.
+    (B, NH, T), hs = lse.shape, out.shape[1] // lse.shape[1]
+    scale, parts = ONE / np.sqrt(np.float32(hs)), (T + STRIP - 1) // STRIP  # parts: strips of a head
+    counter, finished = np.zeros(1, np.int64), np.zeros(B * NH, np.int64)
     for thread in prange(len(panels)):
         probs, dprobs = strips[thread, 0], strips[thread, 1]
-        head = take(counter)
-        while head < B * NH:
-            b, h = head // NH, head % NH
-            q, k, v = heads(qkv, b, h, T, hs)
-            dq, dk, dv = heads(dqkv, b, h, T, hs)
-            for t0 in range((T - 1) // STRIP * STRIP, -1, -STRIP):  # the last strip writes all of dk and dv
-                t1 = min(T, t0 + STRIP)
-                y = out[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
-                dy = dout[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
-                att, datt = probs[:t1 - t0, :t1], dprobs[:t1 - t0, :t1]
-                # pass 3 and 2 again: the probabilities, from the scores and the log-sum-exp
-                tile_product(att, q[t0:t1], k[:t1].T, False, panels[thread], SCORES, t0)
-                # backward pass 4
-                tile_product(datt, dy, v[:t1].T, False, panels[thread], SCORES, t0)
-                for t in range(t0, t1):
-                    p, dp, log_sum = probs[t - t0], dprobs[t - t0], lse[b, h, t]
-                    total = ZERO
-                    for i in range(hs):
-                        total += dy[t - t0, i] * y[t - t0, i]  # = the sum of p * dp over the row
-                    for t2 in range(t + 1):
-                        p[t2] = exp(p[t2] * scale - log_sum)
-                        dp[t2] = p[t2] * (dp[t2] - total) * scale  # backward passes 3 and 2: dscores
-                    p[t + 1:t1] = ZERO
-                    dp[t + 1:t1] = ZERO
-                # backward pass 1, and the values' part of pass 4
-                tile_product(dq[t0:t1], datt, k[:t1], False, panels[thread], LOWER, t0)
-                for t2 in range(0, t1, MC):
-                    t3 = min(t1, t2 + MC)
-                    tile_product(dk[t2:t3], datt[:, t2:t3].T, q[t0:t1], t1 < T, panels[thread], UPPER, t2 - t0)
-                    tile_product(dv[t2:t3], att[:, t2:t3].T, dy, t1 < T, panels[thread], UPPER, t2 - t0)
-            head = take(counter)
+        item = take(counter, 1)
+        while item < parts * B * NH:
+            first = item // (parts * len(panels)) * len(panels)
+            part, head = divmod(item - parts * first, min(len(panels), B * NH - first))
+            (b, h), t0, t1 = divmod(first + head, NH), (parts - 1 - part) * STRIP, min(T, (parts - part) * STRIP)
+            (q, k, v), (dq, dk, dv) = heads(qkv, b, h, T, hs), heads(dqkv, b, h, T, hs)
+            y = out[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
+            dy = dout[b * T + t0:b * T + t1, h * hs:(h + 1) * hs]
+            att, datt = probs[:t1 - t0, :t1], dprobs[:t1 - t0, :t1]
+            # pass 3 and 2 again: the probabilities, from the scores and the log-sum-exp; and backward pass 4
+            tile_product(att, q[t0:t1], k[:t1].T, False, panels[thread], SCORES, t0)
+            tile_product(datt, dy, v[:t1].T, False, panels[thread], SCORES, t0)
+            for t in range(t0, t1):
+                p, dp, log_sum = probs[t - t0], dprobs[t - t0], lse[b, h, t]
+                total = ZERO
+                for i in range(hs):
+                    total += dy[t - t0, i] * y[t - t0, i]  # = the sum of p * dp over the row
+                for t2 in range(t + 1):
+                    p[t2] = exp(p[t2] * scale - log_sum)
+                    dp[t2] = p[t2] * (dp[t2] - total) * scale  # backward passes 3 and 2: dscores
+                p[t + 1:t1], dp[t + 1:t1] = ZERO, ZERO
+            # backward pass 1, and the values' part of pass 4
+            tile_product(dq[t0:t1], datt, k[:t1], False, panels[thread], LOWER, t0)
+            while take(finished[first + head:], 0) < part:
+                pass
+            for t2 in range(0, t1, MC):
+                rows = slice(t2, min(t1, t2 + MC))
+                tile_product(dk[rows], datt[:, rows].T, q[t0:t1], t1 < T, panels[thread], UPPER, t2 - t0)
+                tile_product(dv[rows], att[:, rows].T, dy, t1 < T, panels[thread], UPPER, t2 - t0)
+            take(finished[first + head:], 1)
+            item = take(counter, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_matmul(rng, same_bits, BT, C, OC):
                   dinp, dweight, dbias)
 
 
-@pytest.mark.parametrize("B, T, NH, hs", [(2, 512, 8, 64), (3, 200, 5, 20)])
+@pytest.mark.parametrize("B, T, NH, hs", [(2, 512, 8, 64), (3, 200, 5, 20), (1, 512, 1, 64), (1, 400, 2, 20)])
 def test_attention(rng, same_bits, B, T, NH, hs):
     qkv, dout = rng.standard_normal((B * T, 3 * NH * hs), F32), rng.standard_normal((B * T, NH * hs), F32)
     out, lse, dqkv = zeros(B * T, NH * hs), zeros(B, NH, T), zeros(B * T, 3 * NH * hs)
