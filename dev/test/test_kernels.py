@@ -5,6 +5,7 @@ Outputs are full of NaN before a kernel runs and lie between guards (see conftes
 is written outside, shows.
 """
 import functools
+import inspect
 
 import formulas
 import numba
@@ -196,6 +197,15 @@ def test_layernorm_backward(rng, new, BT, C, add, std):
     t.layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, add)
     for actual, old, expected in zip((dinp, dweight, dbias), before, formulas.layernorm_gradient(dout, inp, weight)):
         close(actual, old + expected)
+
+
+def test_threads_share_what_prange_says():
+    """Numba would make a parallel region of np.zeros and of y[:] = 0, too, and wake every thread for it."""
+    kernel, x, w, rows = t.layernorm_backward, np.zeros((4, 8), F32), np.zeros(8, F32), np.zeros(4, F32)
+    function = numba.njit(parallel=kernel.targetoptions["parallel"])(kernel.py_func)
+    function(x, w, w, x, x, w, rows, rows, False)
+    regions = function.overloads[function.signatures[0]].metadata["parfor_diagnostics"].count_parfors()
+    assert regions == inspect.getsource(kernel.py_func).count("prange(")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
