@@ -846,7 +846,7 @@ def gelu_backward(dinp, inp):
 # ---------------------------------------------------------------------------------------------------------------------
 # classifier: softmax and cross-entropy in one pass over a chunk of rows, so that logits are never kept whole
 
-CLASSIFIER_ROWS = 512
+CLASSIFIER_ROWS = 1024
 
 
 @kernel
