@@ -53,7 +53,7 @@ from dev.run.checkpoints import write_model
 from dev.run.console import complaint, open_console
 from dev.run.engine import DECAYED, aligned
 from dev.run.files import SHARD_MAGIC, new_header, write_file
-from dev.run.machine import available_cpus, peak_memory
+from dev.run.machine import available_cpus, every_cpu, peak_memory
 from dev.run.reading import read_json
 from dev.run.report import step_seconds
 from dev.run.text import Sampler, generate
@@ -161,7 +161,9 @@ def peer_environment():
 
 def spawn(command, cwd=ROOT, **options):
     """A Popen with a shell in between: Linux counts what a process's parent holds as the process's own peak."""
-    return subprocess.Popen(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=cwd, start_new_session=True, **options)
+    with every_cpu():
+        return subprocess.Popen(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=cwd, start_new_session=True,
+                                **options)
 
 
 def end(process):
@@ -224,14 +226,18 @@ def worker(model, mode, B, T, precision):
 
 @contextlib.contextmanager
 def neighbour():
-    """Another process, which keeps a processor busy"""
-    process = spawn([sys.executable, "-c", "print('busy', flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
-    try:
-        process.stdout.readline()
-        time.sleep(PAUSE)
-        yield process
-    finally:
-        end(process)
+    """Another process, which keeps a processor busy. It is of our session, for which Linux may count processor time: so
+    it gets a share as large as each of our threads"""
+    with every_cpu():
+        process = subprocess.Popen([sys.executable, "-c", "print('busy', flush=True)\nwhile True: pass"],
+                                   stdout=subprocess.PIPE)
+    with process:
+        try:
+            process.stdout.readline()
+            time.sleep(PAUSE)
+            yield process
+        finally:
+            process.kill()
 
 
 def lines_of(command, **options):

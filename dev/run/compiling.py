@@ -17,7 +17,7 @@ import numba
 from numba.core import event
 
 from dev.run.console import say
-from dev.run.machine import allowed_cpus
+from dev.run.machine import every_cpu
 from dev.run.processes import ALONE
 
 
@@ -180,11 +180,11 @@ def compile_apart(run, precision):
     where OpenMP may have tied this thread, and would tie both of theirs, to the first."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     module = "train_gpt2" if run.__module__ == "__main__" else run.__module__
-    everywhere = f"os.sched_setaffinity(0, {allowed_cpus()}); " if hasattr(os, "sched_setaffinity") else ""
-    command = f"{LISTEN}{everywhere}sys.path.insert(0, {root!r}); from {module} import {run.__name__} as run"
+    command = f"{LISTEN}sys.path.insert(0, {root!r}); from {module} import {run.__name__} as run"
     with contextlib.ExitStack() as stack:  # at its end what still compiles loses its standard input
-        compilers = [stack.enter_context(subprocess.Popen(
-            [sys.executable, "-c", f"{command}; run({precision!r}, {first})"], stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=os.environ | {"OMP_PROC_BIND": "false"})) for first in (False, True)]
+        with every_cpu():
+            compilers = [stack.enter_context(subprocess.Popen(
+                [sys.executable, "-c", f"{command}; run({precision!r}, {first})"], stdin=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, env=os.environ | {"OMP_PROC_BIND": "false"})) for first in (False, True)]
         for compiler in compilers:
             compiler.wait()

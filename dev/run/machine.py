@@ -1,6 +1,7 @@
 """
 What the operating system says: processors, memory.
 """
+import contextlib
 import ctypes
 import functools
 import math
@@ -14,6 +15,19 @@ import time
 def allowed_cpus():
     """The set of processors that this process may run on"""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def every_cpu():
+    """Processes that are started meanwhile may run on each of them, whichever one OpenMP has tied this thread to."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    try:
+        if own:
+            os.sched_setaffinity(0, allowed_cpus())
+        yield
+    finally:
+        if own:
+            os.sched_setaffinity(0, own)
 
 
 def available_cpus():

@@ -86,3 +86,14 @@ def test_threads_that_openmp_binds(python):
                       "print(t.numba.get_num_threads())",
                       OMP_PROC_BIND="true", OMP_NUM_THREADS="2").communicate()
     assert (out, err) == ("2\n", "")
+
+
+def test_what_a_bound_thread_starts_is_not_bound(python):
+    """PyTorch beside us in dev.bench had one processor, the one that OMP_PROC_BIND had tied our thread to."""
+    if len(machine.allowed_cpus()) < 2 or not hasattr(os, "sched_setaffinity"):
+        pytest.skip("there is one processor, or threads are not bound here")
+    out, err = python("-c", "import os, sys, train_gpt2 as t; t.build('d6').describe(); from dev.bench import spawn; "
+                      "before = os.sched_getaffinity(0); show = 'import os; print(len(os.sched_getaffinity(0)))'; "
+                      "spawn([sys.executable, '-c', show]).wait(); assert before == os.sched_getaffinity(0)",
+                      OMP_PROC_BIND="true", OMP_NUM_THREADS="2").communicate()
+    assert (out, err) == (f"{len(machine.allowed_cpus())}\n", "")
