@@ -15,6 +15,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: modules come 
 
 import argparse
 import statistics
+import textwrap
 from pathlib import Path
 
 from dev.data.command_line import DATA, run, show
@@ -205,7 +206,8 @@ def plot(measured, path):
     for (draw, _, results), a in zip(panels, axes[0], strict=True):
         draw(a, results)
     model = f"GPT-2 {measured[0]['model']}. " if "model" in measured[0] else ""
-    figure.supxlabel(model + machine(measured[0]), fontsize=8, color="#777777")
+    caption = textwrap.fill(model + machine(measured[0]), round(80 * sum(widths)))
+    figure.supxlabel(caption, fontsize=8, color="#777777")
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
