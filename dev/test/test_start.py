@@ -1,5 +1,6 @@
 """What a process takes from its machine when it starts: its part of the processors, the environment as it is."""
 import json
+import os
 
 import numba
 import pytest
