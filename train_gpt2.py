@@ -32,12 +32,11 @@ from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
-from numba.core.cpu_options import ParallelOptions
 from numba.extending import intrinsic
 
 from dev.run.blas import blas_backward, blas_forward
 from dev.run.checkpoints import Run, newest_checkpoint, part_of, read_run_checkpoint
-from dev.run.compiling import cached, load_kernels, start_threads
+from dev.run.compiling import PRANGE, cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
 from dev.run.data import NO_DATA, choose_data, find_shards, largest_batches, tokens_in
@@ -66,9 +65,8 @@ from dev.run.vocabulary import tokenizer_of
 
 # `fastmath=True` would assume that there are no NaNs; without "reassoc" no sum becomes vector code.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
-# Kernels run without Python's lock: a thread may sum gradients over MPI meanwhile.
-# Threads share what `prange` says and nothing else: Numba would wake them all for each np.zeros and y[:] = 0, too.
-PRANGE = ParallelOptions({name: name == "prange" for name in ParallelOptions.__slots__ if name != "enabled"})
+# Threads share what `prange` says and nothing else. Kernels run without Python's lock: a thread may sum gradients over
+# MPI meanwhile.
 kernel = cached(parallel=PRANGE, nogil=True, error_model="numpy", fastmath=FASTMATH)
 inner = cached(error_model="numpy", fastmath=FASTMATH)
 exact = cached(error_model="numpy", fastmath=FASTMATH - {"reassoc"})  # where the order of a sum matters

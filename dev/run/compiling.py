@@ -15,6 +15,7 @@ import threading
 
 import numba
 from numba.core import event
+from numba.core.cpu_options import ParallelOptions
 
 from dev.run.console import say
 from dev.run.machine import every_cpu
@@ -33,6 +34,8 @@ def start_threads(number):
 # the cache
 
 KERNELS = []  # what cached() has made
+# For `parallel`: threads share what `prange` says and nothing else. True would wake them for np.zeros and y[:] = 0, too.
+PRANGE = ParallelOptions({name: name == "prange" for name in ParallelOptions.__slots__ if name != "enabled"})
 
 
 def cached(**options):

@@ -6,13 +6,13 @@ import math
 import numpy as np
 from numba import prange
 
-from dev.run.compiling import cached, load_kernels
+from dev.run.compiling import PRANGE, cached, load_kernels
 
 CHUNK = 1 << 22  # numbers that are drawn at a time: memory for all of wte at once took half as long again
 LOW_24, UNIT = np.uint32(0xFFFFFF), np.float32(2**-24)
 
 
-@cached(parallel=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
+@cached(parallel=PRANGE, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def box_muller(out, bits, std):
     # out (n,) normal, from the lower 24 of 32 random bits (n,), both in blocks of 16: eight radii and eight angles
     for block in prange(out.size // 16):
