@@ -19,7 +19,8 @@ def allowed_cpus():
 
 @contextlib.contextmanager
 def every_cpu():
-    """Processes that are started meanwhile may run on each of them, whichever one OpenMP has tied this thread to."""
+    """Processes that are started meanwhile may run on all of allowed_cpus(), though OpenMP may have tied this thread to
+    one of them."""
     own = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     try:
         if own:

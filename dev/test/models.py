@@ -4,8 +4,8 @@ import numpy as np
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, GPT2Config
 
 ODD = GPT2Config(9, 37, 128, 3, 4, 20)  # maxT, V, Vp, L, NH, C: heads of 5 channels
-LONG = GPT2Config(300, 50, 128, 1, 2, 16)  # attention in several strips, the classifier in several chunks of
-assert 4 * 270 > CLASSIFIER_ROWS           # the (4, 270) tokens or more that tests give it
+LONG = GPT2Config(300, 50, 128, 1, 2, 16)  # attention in several strips, the classifier in several chunks
+assert 4 * 270 > CLASSIFIER_ROWS  # the fewest tokens that a test of chunks gives it
 
 
 def unsettled(config, seed=1):
