@@ -34,7 +34,7 @@ def start_threads(number):
 # the cache
 
 KERNELS = []  # what cached() has made
-# For `parallel`: threads share what `prange` says and nothing else. True would wake them for np.zeros and y[:] = 0, too.
+# For `parallel`: threads share what `prange` says and nothing else. True would wake them for np.zeros and y[:] = 0 too.
 PRANGE = ParallelOptions({name: name == "prange" for name in ParallelOptions.__slots__ if name != "enabled"})
 
 
