@@ -31,12 +31,11 @@ import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
-from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from dev.run.blas import blas_backward, blas_forward
 from dev.run.checkpoints import Run, newest_checkpoint, part_of, read_run_checkpoint
-from dev.run.compiling import PRANGE, cached, load_kernels, start_threads
+from dev.run.compiling import CPU_FEATURES, PRANGE, cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
 from dev.run.data import NO_DATA, choose_data, find_shards, largest_batches, tokens_in
@@ -132,7 +131,6 @@ def exponentials(x, scale):
 # number; uint32 two bfloat16, at k and k + 1, which AVX512-BF16 or AMX multiply and add up in float32; int32 a number
 # that was rounded to bfloat16, the same product for processors that have neither.
 
-CPU_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
 VL = 16 if "+avx512f" in CPU_FEATURES else 8 if "+avx" in CPU_FEATURES else 4  # floats in a vector register
 # MR * NV sums, NV vectors of B and one of A fit into the registers: AVX-512 and ARM's NEON have 32, the others 16.
 MR, NV = (8, 2) if VL == 16 else (4, 4) if platform.machine().lower() in ("arm64", "aarch64") else (4, 3)

@@ -15,6 +15,7 @@ import threading
 
 import numba
 from numba.core import event
+from numba.core.codegen import get_host_cpu_features
 from numba.core.cpu_options import ParallelOptions
 
 from dev.run.console import say
@@ -29,6 +30,21 @@ def start_threads(number):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the processor
+
+
+def cpu_features():
+    """What kernels are compiled for, as LLVM writes it: "+avx2,+avx512f,...". NUMBA_CPU_FEATURES says it instead."""
+    if numba.config.CPU_FEATURES is None:
+        features = get_host_cpu_features()
+        # Of AVX-512's registers LLVM uses halves on Intel's servers, where long ones once slowed the clock down
+        numba.config.CPU_FEATURES = features + ",-prefer-256-bit" * ("+avx512f" in features)
+    return numba.config.CPU_FEATURES
+
+
+CPU_FEATURES = cpu_features()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the cache

@@ -163,6 +163,22 @@ def test_narrower_vectors(name, features, VL, python):
     assert run.returncode == 0 and out.startswith(f"VL {VL}\n"), out + err
 
 
+@pytest.mark.skipif("+avx512f" not in t.CPU_FEATURES, reason="not a processor with AVX-512")
+@pytest.mark.parametrize("name, features, registers", [
+    ("sapphirerapids", None, {"zmm"}), ("haswell", "+avx,+avx2,+fma", {"ymm"}),
+    ("sapphirerapids", "+avx,+avx2,+fma,+avx512f,+prefer-256-bit", {"ymm"})])
+def test_loops_use_whole_registers(name, features, registers, python):
+    """Of AVX-512's registers, too, on Intel's servers, unless NUMBA_CPU_FEATURES has it otherwise"""
+    code = ("import re, numpy as np, train_gpt2 as t\n"
+            "t.gelu_backward.py_func.__globals__['prange'] = range\n"
+            "f = t.numba.njit(error_model='numpy', fastmath=t.FASTMATH)(t.gelu_backward.py_func)\n"
+            "f(np.ones((2, 64), np.float32), np.ones((2, 64), np.float32))\n"
+            "print(*re.findall(r'vmulps.*%([yz]mm)', *f.inspect_asm().values()))")
+    run = python("-c", code, NUMBA_CPU_NAME=name, **{"NUMBA_CPU_FEATURES": features} if features else {})
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0 and set(out.split()) == registers, out + err
+
+
 def test_notebook(tiny, make_shard, tmp_path):
     text = make_shard(tmp_path / "shard.bin", np.tile(np.arange(40), 50))
     model = GPT2.build(tiny)
