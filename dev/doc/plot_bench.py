@@ -4,7 +4,8 @@ hardware's limit.
 
     python -m dev.bench --torch --llmc llm.c/train_gpt2
     python -m dev.bench --torch --precision bf16 --only steps,torch
-    python dev/doc/plot_bench.py data/bench.json data/bench_bf16.json -o dev/doc/step_time.svg     needs matplotlib
+    python dev/doc/plot_bench.py data/bench.json data/bench_bf16.json     both, one above the other; needs matplotlib
+    python dev/doc/plot_bench.py data/bench_bf16.json -o dev/doc/step_time_bf16.svg
     python dev/doc/plot_bench.py data/bench_gpu.json -o dev/doc/gpu.svg
 """
 
