@@ -18,7 +18,7 @@ FORMATS = {20240520, 20240522, 20240326, 20240327, 20240527, 20240328}  # the ma
 SETTINGS = {
     ("dev/run/mpi.py", "mpi4py.rc.thread_level"), ("dev/run/mpi.py", "sys.excepthook"),
     ("dev/run/mpi.py", "threading.excepthook"), ("dev/engine/gpu.py", "numba.config.CUDA_LOW_OCCUPANCY_WARNINGS"),
-    ("dev/run/compiling.py", "numba.config.CACHE_DIR"),
+    ("dev/run/compiling.py", "numba.config.CACHE_DIR"), ("dev/run/compiling.py", "numba.config.CPU_FEATURES"),
 }
 
 FILES = {path.relative_to(ROOT).as_posix(): path for folder in (".", "dev", "dev/*", "dev/*/*")
