@@ -34,17 +34,13 @@ def start_threads(number):
 # ---------------------------------------------------------------------------------------------------------------------
 # the processor
 
-
-def cpu_features():
-    """What kernels are compiled for, as LLVM writes it: "+avx2,+avx512f,...". NUMBA_CPU_FEATURES says it instead."""
-    if numba.config.CPU_FEATURES is None:
-        features = get_host_cpu_features()
-        # Of AVX-512's registers LLVM uses halves on Intel's servers, where long ones once slowed the clock down
-        numba.config.CPU_FEATURES = features + ",-prefer-256-bit" * ("+avx512f" in features)
-    return numba.config.CPU_FEATURES
-
-
-CPU_FEATURES = cpu_features()
+# What kernels are compiled for, as LLVM writes it: "+avx2,+avx512f,...". NUMBA_CPU_FEATURES says it instead.
+# Of AVX-512's registers LLVM would use halves on Intel's servers, where long ones once slowed the clock down.
+if numba.config.CPU_FEATURES is None:
+    numba.config.CPU_FEATURES = get_host_cpu_features()
+    if "+avx512f" in numba.config.CPU_FEATURES:
+        numba.config.CPU_FEATURES += ",-prefer-256-bit"
+CPU_FEATURES = numba.config.CPU_FEATURES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the cache

@@ -170,7 +170,6 @@ def test_narrower_vectors(name, features, VL, python):
 def test_loops_use_whole_registers(name, features, registers, python):
     """Of AVX-512's registers, too, on Intel's servers, unless NUMBA_CPU_FEATURES has it otherwise"""
     code = ("import re, numpy as np, train_gpt2 as t\n"
-            "t.gelu_backward.py_func.__globals__['prange'] = range\n"
             "f = t.numba.njit(error_model='numpy', fastmath=t.FASTMATH)(t.gelu_backward.py_func)\n"
             "f(np.ones((2, 64), np.float32), np.ones((2, 64), np.float32))\n"
             "print(*re.findall(r'vmulps.*%([yz]mm)', *f.inspect_asm().values()))")
