@@ -16,10 +16,8 @@ What it deliberately is not: a framework. There is no autograd (the backward pas
     OMP_NUM_THREADS=8 python train_gpt2.py -b 8      threads, batch size
 """
 import dev.run  # isort: skip  # noqa: F401  first: it says which package is missing, and answers Ctrl-C meanwhile
-import contextlib
 import functools
 import importlib
-import inspect
 import math
 import platform
 import sys
@@ -33,12 +31,12 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dev.run.blas import blas_backward, blas_forward
+from dev.run.blas import blas_backward, blas_forward, name_of_blas
 from dev.run.checkpoints import Run, newest_checkpoint, part_of, read_run_checkpoint
 from dev.run.compiling import CPU_FEATURES, PRANGE, cached, load_kernels, start_threads
 from dev.run.config import GPT2Config, is_checkpoint, model_config, parameter_table
 from dev.run.console import BAD_INPUT, complaint, open_console
-from dev.run.data import NO_DATA, choose_data, find_shards, largest_batches, tokens_in
+from dev.run.data import NO_DATA, choose_data, find_shards, largest_batches, tokens_in, validate
 from dev.run.engine import DECAYED, NO_LAYERS, Engine, Tensors, aligned, size_of
 from dev.run.files import MODEL_MAGIC, read_header, require_numbers
 from dev.run.flags import parse_flags
@@ -168,6 +166,7 @@ panel_rows = constant(lambda dtype: AMX_ROWS if AMX and dtype == types.uint32 el
 panel_depth = constant(lambda dtype: AMX_KC if AMX and dtype == types.uint32 else KC)       # words
 tile_columns = constant(lambda dtype: AMX_NC if AMX and dtype == types.uint32 else NC)      # the most
 packing = constant(lambda dtype: 24 if AMX and dtype == types.uint32 else 8)                # sums while one is packed
+shared = constant(lambda dtype: AMX and dtype == types.uint32)                              # all pack for all tiles
 panel_step = constant(lambda dtype: TILE if AMX and dtype == types.uint32 else 4)           # words, that micro() takes
 
 
@@ -394,25 +393,25 @@ def prefetch(typingctx, X, i, j):
 
 
 @inner
-def pack(panels, o, X, width, rowwise):
-    """Panels of `width` rows of X (rows, depth), panel_depth words apart: word o + n*width + r is X's row r at its nth
-    word; zeros stand for what X lacks. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
+def pack(panels, o, X, width, stride, rowwise):
+    """Panels of `width` rows of X (rows, depth), width * stride words apart: word o + n*width + r is X's row r at its
+    nth word; zeros stand for what X lacks. rowwise: as AMX wants A, (words / TILE, rows, TILE)"""
     (rows, depth), many, step = X.shape, numbers(panels), panel_step(panels)
     rowwise = rowwise and step == TILE  # known when this is compiled: only AMX's panels are
-    stride, height = TILE if rowwise else width, (rows + width - 1) // width * width
+    word, height = TILE if rowwise else width, (rows + width - 1) // width * width
     total = (depth + many * step - 1) // (many * step) * step
     by_rows = X.strides[1] == 4  # what is contiguous is read in order, so that the processor fetches it ahead
     for outer in range(0, height if by_rows else total, MR):
         for within in range(0, total if by_rows else height, MR):
             r, n = (outer, within) if by_rows else (within, outer)
-            place = o + r // width * width * panel_depth(panels)
+            place = o + r // width * width * stride
             place += n // TILE * TILE * width + r % width * TILE + n % TILE if rowwise else n * width + r % width
             if r + MR <= rows and (n + MR) * many <= depth:
-                pack_square(panels, place, stride, X, r, n * many, rowwise)
+                pack_square(panels, place, word, X, r, n * many, rowwise)
             else:
                 part, square = X[r:r + MR, n * many:(n + MR) * many], np.zeros((MR, many * MR), np.float32)
                 square[:part.shape[0], :part.shape[1]] = part
-                pack_square(panels, place, stride, square, 0, 0, rowwise)
+                pack_square(panels, place, word, square, 0, 0, rowwise)
 
 
 @inner
@@ -428,22 +427,17 @@ SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see ti
 
 
 @inner
-def copy(out, inp):
-    for r in range(len(out)):
-        for c in range(out.shape[1]):
-            out[r, c] = inp[r, c]
-
-
-@inner
-def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
+def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False, packed=(0, 0, 0)):
     """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; panels (PANELS,): scratch memory.
 
     triangle: SCORES = nobody needs C[r, c] with c > r + d; LOWER, UPPER = A[r, k] is 0 where k > r + d, k < r + d.
-    later: C is not read while it would still be in the caches.
-    """
+    later: C is not read while it would still be in the caches. packed: the places of A's and B's panels if all of both
+    are packed, in panels, and words of a row; see pack_together()."""
     (M, N), K = C.shape, A.shape[1]
     R, depth_max, step, many = panel_rows(panels), panel_depth(panels), panel_step(panels), numbers(panels)
-    panels_b, wide = MC * depth_max, tile_columns(panels) if step == TILE else NR  # B's place; columns packed at once
+    ready = shared(panels) and packed[2] > 0
+    a, b, stride = packed if ready else (0, MC * depth_max, depth_max)
+    wide = N + NR if ready else tile_columns(panels) if step == TILE else NR  # columns of B that are packed at once
     unit, edge = many * step, np.empty((R, 2 * NR), np.float32)[:, :NR]  # edge: the sums where a tile ends in a panel
     past = later and not add and K <= depth_max * many and C.ctypes.data % 64 == C.strides[0] % 64 == 0
     use_tiles(panels, True)
@@ -451,11 +445,11 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
         k1 = min(K, k0 + depth_max * many)
         depth, adding = (k1 - k0 + unit - 1) // unit * step, add or k0 > 0
         unpacked = reads_rows(panels) and A.strides[1] == 4 and depth == k1 - k0
-        if not unpacked:
-            pack(panels, 0, A[:, k0:k1], R, R != MR)
+        if not (unpacked or ready):
+            pack(panels, a, A[:, k0:k1], R, stride, R != MR)
         for j in range(0, N, NR):
-            if j % wide == 0:
-                pack(panels, panels_b, B[k0:k1, j:j + wide].T, NR, False)
+            if j % wide == 0 and not ready:
+                pack(panels, b, B[k0:k1, j:j + wide].T, NR, stride, False)
             following = (B[k0:k1, j + NR:j + 2 * NR] if j + NR < N else B[k1:k1 + depth_max * many, :NR]).T
             for i in range(0, M, R):
                 if step != TILE:  # AMX is so fast that the processor's own prefetching does better
@@ -465,15 +459,16 @@ def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
                 begin = 0 if triangle != UPPER else max(0, min(depth, (i + d - k0) // unit * step))
                 end = depth if triangle != LOWER else max(0, min(depth, (i + R + d - k0 + unit - 1) // unit * step))
                 whole, part = i + R <= M and j + NR <= N, C[i:i + R, j:j + NR]
-                sums, b = part if whole else edge, panels[panels_b + j % wide * depth_max + begin * NR:]
+                sums, panel = part if whole else edge, panels[b + j % wide * stride + begin * NR:]
                 if adding and not whole:
-                    copy(edge[:M - i, :N - j], part)
+                    edge[:M - i, :N - j] = part
                 if unpacked:
-                    micro(sums, A[i:, k0 + begin:], b, end - begin, adding, past and whole)
+                    micro(sums, A[i:, k0 + begin:], panel, end - begin, adding, past and whole)
                 else:
-                    micro(sums, panels[i * depth_max + begin * R:], b, end - begin, adding, past and whole)
+                    micro(sums, panels[a + i * stride + begin * R:], panel, end - begin, adding, past and whole)
                 if not whole:
-                    copy(part, edge[:M - i, :N - j])
+                    part[:] = edge[:M - i, :N - j]
+        a, b = (a + depth * R, b + depth * NR) if ready else (a, b)
     use_tiles(panels, False)
 
 
@@ -487,8 +482,40 @@ def take(typingctx, counter, n):
     return types.intp(counter, types.intp), codegen
 
 
+@inner
+def pack_together(matrices, panels, BT, key, parts):
+    """A thread's share in packing matrices (rows, depth), as many for A as for B, once for all tiles. Returns, when the
+    others' are packed too, (len, 2): the first word of each in `panels`, the memory of all, and words of a row. Or
+    zeros: each tile packs what it needs. parts (2,): those that threads have taken, and packed"""
+    places, end = np.zeros((len(matrices), 2), np.int64), 0
+    if BT <= MC or not shared(panels):  # a tile may have all rows, or packing takes little
+        return places
+    many, step, tall, deep = numbers(panels), panel_step(panels), 4 * NR, panel_depth(panels)  # a part: tall x deep
+    for n in range(len(matrices)):
+        rows, depth = matrices[n].shape
+        places[n] = end, (depth + many * step - 1) // (many * step) * step
+        end += (rows + NR - 1) // NR * NR * places[n, 1]
+    if end > panels.size:
+        return np.zeros_like(places)
+    # A core writes a tenth as fast what many others have just read: so other weights get another place.
+    places[:, 0] += key.ctypes.data // 64 % ((panels.size - end) // 16 + 1) * 16
+    part, first = take(parts, 1), 0
+    for n in range(len(matrices)):
+        down, across = (len(matrices[n]) + tall - 1) // tall, (places[n, 1] + deep - 1) // deep
+        while part < first + down * across:
+            r, k = (part - first) % down * tall, (part - first) // down * deep
+            X, place = matrices[n][r:r + tall, k * many:(k + deep) * many], places[n, 0] + r * places[n, 1] + k * NR
+            pack(panels, place, X, NR, places[n, 1], 2 * n < len(matrices))  # A's panels are as wide as B's
+            take(parts[1:], 1)
+            part = take(parts, 1)
+        first += down * across
+    while take(parts[1:], 0) < first:
+        pass
+    return places
+
+
 if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics need the compiler
-    def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False):
+    def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False, packed=None):
         if panels.dtype != np.float32:  # rounds as rounded() does
             A, B = (np.ascontiguousarray(X).view(np.uint32) for X in (A, B))
             A, B = (((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32) for bits in (A, B))
@@ -498,7 +525,7 @@ if numba.config.DISABLE_JIT:  # the same in Python, for a debugger: intrinsics n
         counter[0] += n
         return counter[0] - n
 
-    packing, tile_columns = lambda panels: 8, lambda panels: NC
+    packing, tile_columns, shared = (lambda panels, n=n: n for n in (8, NC, 0))
 
 
 @inner
@@ -659,12 +686,16 @@ def matmul_forward(out, act, inp, weight, bias, residual, panels):
                 out[0, o] = total
             finish_row(out, act, bias, residual, 0, o0, o1)
         return
-    tiles, counter = cut(BT, OC, panels), np.zeros(1, np.int64)
+    tiles, counter, parts = cut(BT, OC, panels), np.zeros(1, np.int64), np.zeros(2, np.int64)
+    matrices, memory = (inp[:, :], weight[:, :]), panels.reshape(-1)
     for thread in prange(len(panels)):
-        tile = take(counter, 1)
+        places = pack_together(matrices, memory, BT, weight, parts)
+        mine, tile = memory if places[0, 1] else panels[thread], take(counter, 1)
         while tile < len(tiles):
             i0, i1, o0, o1 = tiles[tile]
-            tile_product(out[i0:i1, o0:o1], inp[i0:i1, :], weight[o0:o1, :].T, False, panels[thread])
+            x, w = inp[i0:i1, :], weight[o0:o1, :].T
+            packed = places[0, 0] + i0 * places[0, 1], places[1, 0] + o0 * places[1, 1], places[1, 1]
+            tile_product(out[i0:i1, o0:o1], x, w, False, mine, 0, 0, False, packed)
             for i in range(i0, i1):  # while the tile is in the cache
                 finish_row(out, act, bias, residual, i, o0, o1)
             tile = take(counter, 1)
@@ -677,16 +708,22 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, panels):
     BT, C = inp.shape
     OC = dout.shape[1]
     dinp_tiles, dweight_tiles = cut(BT, C, panels), cut(OC, C, panels)
-    counter, large = np.zeros(1, np.int64), dweight.size >= 1 << 19  # 2 MB: less may stay in the caches until AdamW
+    counter, parts, large = np.zeros(1, np.int64), np.zeros(2, np.int64), dweight.size >= 1 << 19  # too much for caches
+    matrices, memory = (dout[:, :], dout.T[:, :], weight.T[:, :], inp.T[:, :]), panels.reshape(-1)
     for thread in prange(len(panels)):
-        tile = take(counter, 1)
+        places = pack_together(matrices, memory, BT, weight, parts)
+        mine, tile = memory if places[0, 1] else panels[thread], take(counter, 1)
         while tile < len(dinp_tiles) + len(dweight_tiles):
             if tile < len(dinp_tiles):
                 i0, i1, j0, j1 = dinp_tiles[tile]
-                tile_product(dinp[i0:i1, j0:j1], dout[i0:i1, :], weight[:, j0:j1], False, panels[thread])
+                dy, w = dout[i0:i1, :], weight[:, j0:j1]
+                packed = places[0, 0] + i0 * places[0, 1], places[2, 0] + j0 * places[2, 1], places[2, 1]
+                tile_product(dinp[i0:i1, j0:j1], dy, w, False, mine, 0, 0, False, packed)
             else:
                 o0, o1, j0, j1 = dweight_tiles[tile - len(dinp_tiles)]
-                tile_product(dweight[o0:o1, j0:j1], dout[:, o0:o1].T, inp[:, j0:j1], add, panels[thread], 0, 0, large)
+                dy, x = dout[:, o0:o1].T, inp[:, j0:j1]
+                packed = places[1, 0] + o0 * places[1, 1], places[3, 0] + j0 * places[3, 1], places[3, 1]
+                tile_product(dweight[o0:o1, j0:j1], dy, x, add, mine, 0, 0, large, packed)
                 if dbias.size and j0 == 0:
                     sum_rows(dbias, dout, o0, o1, add)
             tile = take(counter, 1)
@@ -923,19 +960,23 @@ def activation_table(config, B, T, recompute=1, train=True):
     return table
 
 
-def scratch_table(T):
+def scratch_table(config, B, T, panel_type):
     """(name, shape) of the kernels' scratch memory. A thread's part is a multiple of a cache line."""
-    threads = numba.get_num_threads()
-    return [("panels", (threads, PANELS)), ("strips", (threads, 2, STRIP, T + STRIP_GAP))]
+    threads, C, words = numba.get_num_threads(), config.channels, 0
+    if AMX and panel_type == np.uint32 and B * T > MC:  # what the largest layer packs in its backward pass, padded
+        words = (B * T + 64) * (9 * C + 128) // 2 + (4 * C + 64) * (C + 64) // 2
+        words = max(words, min(4 * words, 1 << 24))  # 64 MB are room for changing places
+    each = max(PANELS, words // threads // 16 * 16 + 16)
+    return [("panels", (threads, each)), ("strips", (threads, 2, STRIP, T + STRIP_GAP))]
 
 
-def memory_plan(config, B, T, recompute=1, train=True):
+def memory_plan(config, B, T, recompute=1, train=True, panel_type=np.float32):
     """The bytes that a run needs besides those of Python, before anything is allocated: {what: bytes}"""
     copies = 4 if train else 1  # parameters, gradients, m, v
     return {
         "parameters": 4 * size_of(parameter_table(config)) * copies,
         "activations": 4 * size_of(activation_table(config, B, T, recompute, train)),
-        "scratch": 4 * size_of(scratch_table(T)),
+        "scratch": 4 * size_of(scratch_table(config, B, T, panel_type)),
         "keys and values": 8 * config.num_layers * config.max_seq_len * config.channels,
     }
 
@@ -983,11 +1024,7 @@ class GPT2(Engine):
         self.weights, self.recompute = weights, 1
         self.grads = self.m = self.v = self.acts = self.acts_key = None
         self.keys = self.values = None  # of the tokens that read() has read
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
-        if matmul == "blas" and self.precision == "bf16":
-            raise ValueError("--matmul blas multiplies float32\n---> HINT: --precision fp32, or --matmul numba")
-        accelerate = "accelerate" in blas.lower() and self.precision == "fp32"  # it has matrix units that LLVM hasn't
-        self.blas = blas if matmul == "blas" or matmul == "auto" and accelerate else None
+        self.blas = name_of_blas(matmul, self.precision)
         by_blas = functools.partial(blas_forward, gelu_forward), blas_backward
         forward, backward = by_blas if self.blas else (matmul_forward, matmul_backward)
         self.kernels = SimpleNamespace(**OTHER_KERNELS, matmul_forward=forward, matmul_backward=backward)
@@ -1017,7 +1054,7 @@ class GPT2(Engine):
     def prepare(self, B, T, recompute=1, train=True):
         self.check_order("prepare")
         self.check_shape(B, T)
-        plan = memory_plan(self.config, B, T, recompute, train)
+        plan = memory_plan(self.config, B, T, recompute, train, self.panel_type)
         plan["parameters"] -= 8 * (self.num_parameters - size_of(self.moments)) if train else 0
         require_memory(sum(plan.values()))
         start = time.perf_counter()
@@ -1040,7 +1077,8 @@ class GPT2(Engine):
         key = B, T, train, self.recompute, numba.get_num_threads()
         if self.acts_key == key:
             return
-        table = scratch_table(T) + activation_table(self.config, B, T, self.recompute, train)
+        table = scratch_table(self.config, B, T, self.panel_type)
+        table += activation_table(self.config, B, T, self.recompute, train)
         if self.acts is None or size_of(table) > self.acts.memory.size:
             self.acts = None
             self.acts = Tensors(aligned(size_of(table)), table)
@@ -1205,29 +1243,6 @@ class GPT2(Engine):
             raise ValueError(f"{what} does not exist before a step for training\n---> HINT: call prepare(B, T) first")
         return getattr(self, what)
 
-    def load(self, what, file):
-        memory = self.host(what).memory
-        if file.readinto(memory.view(np.uint8)) != memory.nbytes:
-            raise ValueError(f"{file.name}: truncated: it has fewer than {memory.size:,} numbers for {what}")
-
-    @contextlib.contextmanager
-    def kernel_times(self, record):
-        def timed(name, function):
-            names = inspect.signature(getattr(function, "py_func", function)).parameters
-
-            def call(*args):
-                start = time.perf_counter()
-                result = function(*args)
-                record(name, dict(zip(names, args)), time.perf_counter() - start)
-                return result
-            return call
-        plain = self.kernels
-        self.kernels = SimpleNamespace(**{name: timed(name, function) for name, function in vars(plain).items()})
-        try:
-            yield
-        finally:
-            self.kernels = plain
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # all kernels together: the peak that they are measured by, their threads, and compiling them before a run
@@ -1380,16 +1395,6 @@ class DataLoader:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the training loop
-
-def validate(engine, loader, batches):
-    """The mean loss of the loader's first batches, one for each item of `batches`; the processes divide them"""
-    loader.reset()
-    processes, losses = engine.processes, []
-    for number, _ in enumerate(batches):
-        batch = loader.next_batch(number % processes.size == processes.rank)
-        losses.append(float(engine.forward(*batch, train=False)) if batch else 0.0)
-    return sum(processes.sum(np.array(losses)).tolist()) / len(losses)
-
 
 def train(flags, processes=ALONE):
     """Train a model as the flags say: once in a while estimate how good it is, let it write, save it; then a step."""

@@ -9,6 +9,8 @@ import os
 import re
 from types import SimpleNamespace
 
+import numpy as np
+
 from dev.run.config import is_checkpoint, model_config
 from dev.run.files import HEADER_BYTES, check_size, open_file, there
 from dev.run.found import model_file, shards_of
@@ -92,3 +94,13 @@ def largest_batches(loader, pattern, B, T, vocab_size):
     which a part is held out for validation has few there. ValueError where there is not one sequence"""
     fit = (max(loader(pattern, 1, T, vocab_size=vocab_size).shard_tokens) - 1) // T
     return loader(pattern, min(B, fit), T, vocab_size=vocab_size)
+
+
+def validate(engine, loader, batches):
+    """The mean loss of the loader's first batches, one for each item of `batches`; the processes divide them"""
+    loader.reset()
+    processes, losses = engine.processes, []
+    for number, _ in enumerate(batches):
+        batch = loader.next_batch(number % processes.size == processes.rank)
+        losses.append(float(engine.forward(*batch, train=False)) if batch else 0.0)
+    return sum(processes.sum(np.array(losses)).tolist()) / len(losses)

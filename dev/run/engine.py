@@ -15,7 +15,11 @@ An engine's module has a class GPT2(config, table, weights, precision, processes
 (name, shape) that describes its tensors, weights a function that fills such Tensors with the first parameters, and
 options are the flags that only this engine knows. build() in train_gpt2.py finds it by the name of the device.
 """
+import contextlib
+import inspect
 import math
+import time
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -139,11 +143,29 @@ class Engine:
 
     def load(self, what, file):
         """Replace "params", "m" or "v" by the float32 numbers that come next in a binary file."""
-        raise NotImplementedError
+        memory = self.host(what).memory
+        if file.readinto(memory.view(np.uint8)) != memory.nbytes:
+            raise ValueError(f"{file.name}: truncated: it has fewer than {memory.size:,} numbers for {what}")
 
+    @contextlib.contextmanager
     def kernel_times(self, record):
-        """A context in which every kernel's call ends with record(name, arguments by name, seconds)"""
-        raise NotImplementedError
+        """A context in which every kernel's call ends with record(name, arguments by name, seconds). As it is here: for
+        an engine that calls the functions of a SimpleNamespace, self.kernels"""
+        def timed(name, function):
+            names = inspect.signature(getattr(function, "py_func", function)).parameters
+
+            def call(*args):
+                start = time.perf_counter()
+                result = function(*args)
+                record(name, dict(zip(names, args)), time.perf_counter() - start)
+                return result
+            return call
+        plain = self.kernels
+        self.kernels = SimpleNamespace(**{name: timed(name, function) for name, function in vars(plain).items()})
+        try:
+            yield
+        finally:
+            self.kernels = plain
 
     def flops_per_token(self, T):
         """Model FLOPs of a training step for each token, in sequences of T: llm.c's formula for MFU"""

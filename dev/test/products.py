@@ -3,6 +3,9 @@ import numpy as np
 from formulas import F32, close, normal
 
 import train_gpt2 as t
+from dev.run.machine import allow_amx
+
+BF16 = [np.int32] + ([np.uint32] if t.PAIRS and (not t.AMX or allow_amx()) else [])  # panels: rounded numbers; pairs
 
 
 def check_tile_product(rng, new, panels, M, N, K, add, as_read=np.float64, bound=1e-5):

@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 from formulas import F32, close, normal
 from models import LONG, ODD, batch, tensors, unsettled
-from products import check_tile_product, check_triangles
+from products import BF16, check_tile_product, check_triangles
 
 import train_gpt2 as t
 from dev.run.engine import aligned
-from dev.run.machine import allow_amx
-
-PANELS = [np.int32] + ([np.uint32] if t.PAIRS and (not t.AMX or allow_amx()) else [])  # rounded numbers; pairs
 
 
 def rounded(x):
@@ -22,7 +19,7 @@ def rounded(x):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(F32).astype(np.float64)
 
 
-@pytest.fixture(params=PANELS, ids=lambda dtype: dtype.__name__)
+@pytest.fixture(params=BF16, ids=lambda dtype: dtype.__name__)
 def panels(request):
     return np.full(t.PANELS, -1, np.int32).view(request.param)  # -1: NaN, if it were read
 
@@ -54,6 +51,24 @@ def test_stores_past_the_caches(rng, panels, M, N, K):
 @pytest.mark.parametrize("add", [False, True])
 def test_triangles(rng, new, panels, M, N, K, d, add):
     check_triangles(rng, new, panels, M, N, K, d, add, rounded, 2e-6)
+
+
+@pytest.mark.parametrize("BT, C, OC", [(513, 33, 70), (600, 400, 200), (1030, 100, 420)])
+@pytest.mark.parametrize("add", [False, True])
+def test_packed_once_or_by_each_tile(rng, new, panels, BT, C, OC, add):
+    inp, weight, bias, dout = normal(rng, BT, C), normal(rng, OC, C), normal(rng, OC), normal(rng, BT, OC)
+    before, results = normal(rng, OC, C), []
+    for rooms in 1, 8:  # AMX packs once where there is room for all
+        memory = np.tile(panels, rooms)[None]
+        out, dinp, dweight, dbias = new(BT, OC), new(BT, C), new(OC, C), new(OC)
+        dweight[:], dbias[:] = before, bias
+        t.matmul_forward(out, t.NOTHING, inp, weight, bias, t.NOTHING, memory)
+        t.matmul_backward(dinp, dweight, dbias, dout, inp, weight, add, memory)
+        results.append(b"".join(x.tobytes() for x in (out, dinp, dweight, dbias)))
+        close(out, rounded(inp) @ rounded(weight).T + bias, 2e-6)
+        close(dinp, rounded(dout) @ rounded(weight), 2e-6)
+        close(dweight, rounded(dout).T @ rounded(inp) + add * before, 2e-6)
+    assert results[0] == results[1]
 
 
 def test_nan_and_infinity_stay(new, panels):

@@ -2,15 +2,20 @@
 The same bits on any number of threads: kernel by kernel on shapes that are large enough to show a race, then a training
 run.
 """
+import functools
+
 import numba
 import numpy as np
 import pytest
+from products import BF16
 
 import train_gpt2 as t
+from dev.run.config import GPT2Config
 from dev.run.engine import Tensors, size_of
 from dev.run.random_weights import box_muller
 
 F32 = np.float32
+CONFIG = GPT2Config(512, 257, 384, 1, 6, 384)
 
 pytestmark = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 3, reason="NUMBA_NUM_THREADS is less than 3")
 
@@ -18,12 +23,13 @@ pytestmark = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 3, reason="NUMB
 @pytest.fixture
 def same_bits(rng):
     """same_bits(call, *outputs): call(scratch) must leave the same outputs with 1, 2 and 3 threads, every time."""
-    def same_bits(call, *outputs):
+    def same_bits(call, *outputs, panel_type=F32):
         before, results = [np.copy(x) for x in outputs], []
         for threads in 1, 2, 3, 2, 3:
             numba.set_num_threads(threads)
-            table = t.scratch_table(512)
+            table = t.scratch_table(CONFIG, 3, 512, panel_type)
             scratch = Tensors(np.full(size_of(table), np.nan, F32), table)
+            scratch.panels = scratch.panels.view(panel_type)
             for x, old in zip(outputs, before):
                 x[:] = old
             call(scratch)
@@ -38,7 +44,9 @@ def zeros(*shape):
 
 
 @pytest.mark.parametrize("BT, C, OC", [(70, 256, 2500), (1030, 180, 333), (4, 768, 768), (1, 768, 5000)])
-def test_matmul(rng, same_bits, BT, C, OC):
+@pytest.mark.parametrize("panel_type", [F32, *BF16])
+def test_matmul(rng, same_bits, BT, C, OC, panel_type):
+    same_bits = functools.partial(same_bits, panel_type=panel_type)
     inp, weight, bias, dout = (rng.standard_normal(shape, F32) for shape in ((BT, C), (OC, C), OC, (BT, OC)))
     out, act = zeros(BT, OC), zeros(BT, OC)
     same_bits(lambda s: t.matmul_forward(out, act, inp, weight, bias, dout, s.panels), out, act)
