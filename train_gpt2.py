@@ -122,7 +122,7 @@ def exponentials(x, scale):
 #   L1 cache    a panel of B, KC words x NR, is packed: copied to where micro() reads it in order
 #   L2, L3      a block of A, MC x KC words, is multiplied with all panels of B before the next is; it is packed too,
 #               but for float32 rows, which micro() can read in order where they are
-#   DRAM        AMX waits for little else: it packs panels of B by the dozen, in long runs, and stores past the caches
+#   DRAM        AMX waits for little else: it packs panels by the dozen, in long runs, or once for many tiles
 # Each sum adds its products in the order of k, however the output is cut into tiles: bits don't depend on threads.
 #
 # Panels are 32-bit words, whose type is the precision, so that Numba compiles each kernel once for each: float32 is a

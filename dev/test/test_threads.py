@@ -43,7 +43,8 @@ def zeros(*shape):
     return np.zeros(shape, F32)
 
 
-@pytest.mark.parametrize("BT, C, OC", [(70, 256, 2500), (1030, 180, 333), (4, 768, 768), (1, 768, 5000)])
+@pytest.mark.parametrize("BT, C, OC", [(70, 256, 2500), (1030, 180, 333), (1030, 180, 90), (4, 768, 768),
+                                       (1, 768, 5000)])
 @pytest.mark.parametrize("panel_type", [F32, *BF16])
 def test_matmul(rng, same_bits, BT, C, OC, panel_type):
     same_bits = functools.partial(same_bits, panel_type=panel_type)
