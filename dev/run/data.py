@@ -1,6 +1,6 @@
 """
-Token shards before they are read: which files a flag means, what their headers say, which vocabulary they are in, and
-how large a batch there is for validation.
+Token shards before they are read: which files a flag means, what their headers say, which vocabulary they are in, how
+large a batch there is for validation; and the validation.
 
 Word 3 of a shard's header is the size of its vocabulary where that is not GPT-2's. llm.c leaves it 0.
 """
