@@ -429,13 +429,10 @@ SCORES, LOWER, UPPER = 1, 2, 3  # what attention's mask spares a product, see ti
 @inner
 def tile_product(C, A, B, add, panels, triangle=0, d=0, later=False, packed=(0, 0, 0)):
     """C (+)= A @ B. Any strides for A and B if one of the two is 1; at most MC rows; panels (PANELS,): scratch memory.
-
     triangle: SCORES = nobody needs C[r, c] with c > r + d; LOWER, UPPER = A[r, k] is 0 where k > r + d, k < r + d.
-    later: C is not read while it would still be in the caches. packed: the places of A's and B's panels if all of both
-    are packed, in panels, and words of a row; see pack_together()."""
-    (M, N), K = C.shape, A.shape[1]
+    later: C is only read when it has left the caches. packed: pack_together()'s places for A and B, words of a row."""
+    (M, N), K, ready = C.shape, A.shape[1], shared(panels) and packed[2] > 0
     R, depth_max, step, many = panel_rows(panels), panel_depth(panels), panel_step(panels), numbers(panels)
-    ready = shared(panels) and packed[2] > 0
     a, b, stride = packed if ready else (0, MC * depth_max, depth_max)
     wide = N + NR if ready else tile_columns(panels) if step == TILE else NR  # columns of B that are packed at once
     unit, edge = many * step, np.empty((R, 2 * NR), np.float32)[:, :NR]  # edge: the sums where a tile ends in a panel

@@ -90,11 +90,6 @@ class NullEngine(Engine):
     def host(self, what):
         return self.tensors[what]
 
-    def load(self, what, file):
-        memory = self.host(what).memory
-        if file.readinto(memory.view(np.uint8)) < memory.nbytes:
-            raise ValueError(f"{file.name}: truncated")
-
     @contextlib.contextmanager
     def kernel_times(self, record):
         record("nothing", {}, 0.0)
